@@ -1,0 +1,153 @@
+"""Schedules: contestants that set the knobs once and train a single run.
+
+What people do without a search. Each is a value: two that are equal make the same run.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.stats import rankdata
+
+from baselines.method import Arena, Method, run_static
+from envs import workload
+from envs.env import MakeJob
+from envs.errors import BadInput
+from envs.job import TorchJob
+from envs.knobs import RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Optimizer, reference_rate
+from envs.task import Task
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The user's own: AdamW from the starting rate they chose, linear to zero, no warm-up."""
+
+    name: ClassVar[str] = "keep"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        run_static(arena, Knobs(arena.start_rate))
+
+
+@dataclass(frozen=True)
+class TrainerDefault:
+    """AdamW at 5e-5, linear to zero, no warm-up: `transformers.TrainingArguments` untouched."""
+
+    name: ClassVar[str] = "trainer-default"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        run_static(arena, Knobs(5e-5))
+
+
+@dataclass(frozen=True)
+class CosineWarmup:
+    """The starting rate after a linear warm-up, then half a cosine to zero.
+
+    Loshchilov & Hutter 2017 (SGDR, arXiv 1608.03983), without restarts.
+    """
+
+    warmup: float = 0.1  # share of the steps
+    name: ClassVar[str] = "cosine-warmup"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        run_static(arena, Knobs(arena.start_rate, "cosine", self.warmup))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The starting rate to the end."""
+
+    name: ClassVar[str] = "constant"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        run_static(arena, Knobs(arena.start_rate, "constant"))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One setting for every task, whatever rate the user started from.
+
+    ``relative``: ``knobs.rate`` counts in multiples of the `reference` rate of the task at hand,
+    so that a setting found on a small model carries over to a large one.
+    """
+
+    knobs: Knobs
+    relative: bool = False
+    name: str = "fixed"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        knobs = self.knobs
+        if self.relative:
+            rate = knobs.rate * reference(arena.task, knobs.optimizer)
+            knobs = replace(knobs, rate=min(max(rate, RATE_FLOOR), RATE_CEILING))
+        run_static(arena, knobs)
+
+
+STATIC: dict[str, type[Method]] = {
+    method.name: method for method in (Keep, TrainerDefault, CosineWarmup, Constant)
+}
+"""Schedules that need no argument, by name."""
+
+
+def reference(task: Task, optimizer: Optimizer = "adamw") -> float:
+    """The rule-of-thumb rate for a task's model: starting rates are drawn around it."""
+    return reference_rate(workload.parameters(task.model), optimizer, task.adapter)
+
+
+def grid(
+    decades: Sequence[float] = (-1.0, -0.5, 0.0, 0.5, 1.0), warmups: Sequence[float] = (0.0, 0.1)
+) -> tuple[Fixed, ...]:
+    """Candidates for the best fixed setting: relative rates x the three shapes x warm-ups."""
+    return tuple(
+        Fixed(Knobs(10.0**u, shape, warmup), True, f"fixed {10.0**u:.3g} {shape} {warmup:g}")
+        for u, shape, warmup in product(decades, SHAPES, warmups)
+    )
+
+
+def best_fixed(candidates: Sequence[Fixed], outcomes: Iterable[Mapping[str, Any]]) -> Fixed:
+    """The candidate with the best mean rank by selection metric over jobs, named ``fixed``.
+
+    outcomes: of a comparison of exactly these candidates on the tuner's own training tasks.
+    Ranks, so that a task with a wide range of scores does not decide alone; equals share theirs.
+    """
+    names = [candidate.name for candidate in candidates]
+    table: dict[tuple[str, int], dict[str, float]] = {}
+    for outcome in outcomes:
+        job = str(outcome.get("cell", outcome)["task"]), int(outcome["seed"])
+        scores = [trial["selection"] for trial in outcome["trials"]]
+        table.setdefault(job, {})[outcome["method"]] = max(scores, default=0.0)
+    if not table or any(set(scores) != set(names) for scores in table.values()):
+        raise BadInput("fixed: a candidate lacks a job; compare all of them on the same ones")
+    ranks = [rankdata([-scores[name] for name in names]) for scores in table.values()]
+    return replace(candidates[int(np.argmin(np.mean(ranks, axis=0)))], name="fixed")
+
+
+def find_fixed(
+    tasks: Sequence[Task],
+    seeds: Sequence[int],
+    candidates: Sequence[Fixed] = grid(),
+    make_job: MakeJob = TorchJob,
+) -> Fixed:
+    """Run every candidate on every training task and seed, and take the `best_fixed`.
+
+    ``len(candidates) * len(tasks) * len(seeds)`` whole runs in this process; for more, give
+    ``grid()`` to `baselines.compare.compare`, which is crash-safe and uses every core.
+    """
+    outcomes = []
+    for number, (task, seed) in enumerate(product(tasks, seeds)):
+        for candidate in candidates:
+            arena = Arena(task, seed, candidate.knobs.rate, 1, make_job)
+            candidate.run(arena)
+            outcomes.append(arena.outcome(candidate.name, cell={"task": number // len(seeds)}))
+    return best_fixed(candidates, outcomes)

@@ -1,0 +1,136 @@
+"""Search: Optuna's samplers and pruners as contestants. The only module that imports optuna."""
+
+import importlib.util
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import optuna
+
+from baselines.method import Arena, Point, run_static
+from baselines.schedules import reference
+from envs.errors import BadInput, UnknownName
+from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, reference_rate
+from envs.task import Task
+
+Sampler = Literal["random", "tpe", "tpe-independent", "gp", "cmaes"]
+Pruner = Literal["hyperband"]
+
+WORST = 0.0  # of any metric: what a diverged trial scores
+NO_DECAY = 1e-4  # a weight decay drawn below this is none
+
+
+@dataclass(frozen=True)
+class Search:
+    """Optuna over the same reach as the tuner's, until the budget is spent.
+
+    Space: rate, log-uniform within ``decades`` either way of ``center``; shape of the schedule;
+    warm-up, 0 to 0.2 of the steps; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none
+    (a quarter of the draws; one flat dimension, as a conditional one would turn multivariate
+    TPE, GP and CMA-ES into random search); optimizer. The rate is AdamW's: for SGD and RMSprop
+    it is scaled by the ratio of their `reference_rate` to AdamW's, so that the rate's dimension
+    means the same under each. ``center`` is by default AdamW's reference rate of the task's
+    model, the centre of the starting rates too; the misjudged start itself is not used.
+
+    Objective: the best selection metric of the run, reported after each interval to the pruner.
+    A pruned trial is charged what it used; a diverged one is complete with the worst value.
+    Trials are sequential and in memory; seeded by the arena's seed and task.
+
+    Sources: Akiba et al. 2019 (Optuna, arXiv 1907.10902); Bergstra et al. 2011 (TPE, NeurIPS);
+    Watanabe 2023 (multivariate TPE, arXiv 2304.11127); Hansen 2016 (CMA-ES, arXiv 1604.00772;
+    its categories are drawn at random); Li et al. 2018 (Hyperband, JMLR 18).
+    """
+
+    sampler: Sampler = "random"
+    pruner: Pruner | None = None
+    center: float | None = None
+    decades: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(Sampler):
+            raise UnknownName("sampler", self.sampler, get_args(Sampler))
+        if self.pruner is not None and self.pruner not in get_args(Pruner):
+            raise UnknownName("pruner", self.pruner, get_args(Pruner))
+        if self.center is not None and not RATE_FLOOR <= self.center <= RATE_CEILING:
+            raise BadInput(f"search: center: {self.center!r} is not a rate that can train")
+        if not 0 < self.decades <= 4:
+            raise BadInput(f"search: decades: {self.decades!r} is not in (0, 4]")
+        if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+            raise BadInput("search: sampler: 'cmaes' needs a package; pip install cmaes")
+
+    @property
+    def name(self) -> str:
+        """For example ``random`` or ``tpe+hyperband``."""
+        return f"{self.sampler}+{self.pruner}" if self.pruner else self.sampler
+
+    def run(self, arena: Arena) -> None:
+        """Trials until `BudgetSpent`."""
+        center = self.center or reference(arena.task)
+        study = self._study(arena)
+        while True:
+            trial = study.ask()
+            knobs = _draw(trial, center, self.decades, arena.task.adapter)
+            ended = run_static(arena, knobs, _watch(trial, arena.task) if self.pruner else None)
+            if ended.state == "pruned":
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
+                study.tell(trial, WORST if ended.state == "diverged" else ended.selection)
+
+    def _study(self, arena: Arena) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        pruner: Any = optuna.pruners.NopPruner()
+        if self.pruner == "hyperband":
+            pruner = optuna.pruners.HyperbandPruner(1, arena.task.decisions)
+        job = zlib.crc32(repr((arena.task, arena.seed)).encode())
+        return optuna.create_study(
+            storage=optuna.storages.InMemoryStorage(),
+            sampler=_sampler(self.sampler, job),
+            pruner=pruner,
+            study_name=f"{job}",  # Hyperband deals brackets by the name: never a random one.
+            direction="maximize",
+        )
+
+
+def _sampler(name: Sampler, seed: int) -> Any:
+    samplers = optuna.samplers
+    match name:
+        case "random":
+            return samplers.RandomSampler(seed)
+        case "tpe":
+            return samplers.TPESampler(seed=seed)
+        case "tpe-independent":  # the default before Optuna 5
+            return samplers.TPESampler(seed=seed, multivariate=False, constant_liar=False)
+        case "gp":
+            return samplers.GPSampler(seed=seed)
+        case "cmaes":
+            return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+
+def _draw(trial: Any, center: float, decades: float, adapter: str) -> Knobs:
+    rate = trial.suggest_float("rate", center / 10**decades, center * 10**decades, log=True)
+    shape = trial.suggest_categorical("shape", SHAPES)
+    warmup = trial.suggest_float("warmup", 0.0, 0.2)
+    decay = trial.suggest_float("weight_decay", NO_DECAY / 10, 0.1, log=True)
+    optimizer = trial.suggest_categorical("optimizer", OPTIMIZERS)
+    rate *= reference_rate(1, optimizer, adapter) / reference_rate(1, "adamw", adapter)
+    return Knobs(
+        min(max(rate, RATE_FLOOR), RATE_CEILING), shape, warmup, optimizer,
+        decay if decay >= NO_DECAY else 0.0,
+    )  # fmt: skip
+
+
+def _watch(trial: Any, task: Task) -> Callable[[Point], bool]:
+    """Reports the best metric so far after each interval but the last; True asks to prune."""
+    best = -math.inf
+
+    def prune(point: Point) -> bool:
+        nonlocal best
+        best = max(best, point.selection)
+        if point.step >= task.steps:
+            return False
+        trial.report(best, math.ceil(point.step / task.interval))
+        return bool(trial.should_prune())
+
+    return prune

@@ -1,0 +1,205 @@
+"""FineTuneEnv: the Gymnasium view of one fine-tuning job."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from envs import workload
+from envs.errors import BadInput
+from envs.job import Job, TorchJob, report_start, with_validation
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, decode, reference_rate, turn
+from envs.observe import observe, space
+from envs.progress import Context, Progress
+from envs.reward import CEILING, PENALTY, log_gain, potential
+from envs.task import Task, find, vary
+
+MakeJob = Callable[[Task, int, Knobs], Job]
+
+EXPLORE = 10**1.5  # a tuner may move the rate by 1.5 decades either way of the start
+BLOWN = math.exp(CEILING)  # a validation loss so many times the first one is a divergence
+
+
+class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
+    """Fine-tune a model; each action adjusts the run, and better validation loss is paid.
+
+    Observation: ``Box(-5, 5, (30,), float32)``, listed with units in ``envs.observe.FEATURES``:
+        progress and schedule, rate against the start and against a rule of thumb, training and
+        validation loss as log-ratios and slopes, noise, gradient and update statistics, the last
+        decision, and the size of the job. Nothing in it ties it to one job; never NaN.
+
+    Action: discrete by default (``envs.knobs.Actions``): multiply the rate by 0.1, 0.3, 0.6, 1
+        (keep), 1.6, 3 or 10; or roll back to the weights with the best validation loss and halve
+        the rate. ``Actions(optimizers=...)`` adds a switch to each. The continuous view is
+        ``Box(-1, 1, (2,))``: decades to move the rate by, and rollback if above 0.5. The rate
+        stays within 1.5 decades of the start; the schedule's shape multiplies it. The first
+        action is taken before the first update.
+
+    Reward: the drop of log validation loss in the interval, in nats. It telescopes, so with a
+        discount of 1 the return is the log-ratio of the first to the final validation loss.
+        Divergence ends the episode at the lower bound of -1 and costs 1 more.
+
+    Start: pretrained weights, a new head, a new data order, and a rate drawn within ``spread``
+        decades of ``reference_rate``; with ``vary`` also a random relative of the task (classes,
+        rows, label noise, batch, horizon). ``reset(options={"rate": 1e-3})`` fixes the rate.
+
+    End: ``terminated`` when the budget of updates is spent (the remaining budget is observed) or
+        when the run diverges (``info["reason"]``: "loss not finite", "weights not finite" or
+        "validation loss blew up"); never ``truncated`` by the environment itself.
+
+    Info: ``step``, ``rate``, ``optimizer``, ``validation``, ``metric``, ``reason``, ``task``.
+
+    Arguments:
+        task: a name of ``envs.task.TASKS``, a `Task`, or several of them to draw from.
+        actions: the action view.
+        spread: half-width, in decades, of the starting rate around the reference.
+        vary: draw a random relative of the task at each reset.
+        optimizers: the starting optimizer is drawn from these.
+        shape: the base schedule's shape; "any" draws it.
+        blind: probability that an episode runs without validation losses in its observation.
+        make_job: opens a job; tests pass a scripted one.
+
+    References: Daniel et al. 2016; Xu et al. 2019; Wu et al. 2018 (why no discount); Eimer et
+        al. 2021 (DACBench).
+
+    Version history: v0, the first.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  (gymnasium's own form)
+
+    def __init__(
+        self,
+        task: str | Task | Sequence[str | Task] = "trec6",
+        *,
+        actions: Actions | None = None,
+        spread: float = 1.5,
+        vary: bool = False,
+        optimizers: Sequence[Optimizer] = ("adamw",),
+        shape: str = "linear",
+        blind: float = 0.0,
+        make_job: MakeJob = TorchJob,
+    ) -> None:
+        names = [task] if isinstance(task, str | Task) else list(task)
+        if not names:
+            raise BadInput("environment: task: none given; name at least one")
+        if not 0 <= spread <= 3:
+            raise BadInput(f"environment: spread: {spread!r} is not in 0 to 3 decades")
+        self.tasks = [find(name) for name in names]
+        self.actions = actions or Actions()
+        self.observation_space = space()
+        self.action_space = self.actions.space()
+        self._spread, self._vary, self._blind = spread, vary, blind
+        self._optimizers, self._shape, self._make_job = tuple(optimizers), shape, make_job
+        self._job: Job | None = None
+        self._over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode. options: ``rate`` (a starting rate), ``task`` (a name or `Task`)."""
+        super().reset(seed=seed)
+        task, knobs, job_seed = self._draw(options or {})
+        self._job = self._make_job(task, job_seed, knobs)
+        self._start, self._over = knobs.rate, False
+        self._hidden = bool(self.np_random.random() < self._blind)
+        score = self._job.evaluate("validation")
+        self._first = self._loss = self._best = score.loss
+        self._snapshot = self._job.snapshot()
+        shown = math.nan if self._hidden else score.loss
+        self._history = [report_start(self._job, shown)]
+        return self._observe(), self._info(score.metric, None)
+
+    def step(
+        self, action: Any
+    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Apply an action and run one interval. Raises `BadInput` on an invalid action."""
+        if self._job is None or self._over:
+            raise gymnasium.error.ResetNeeded("the episode is over; call reset()")
+        job, decision = self._job, decode(action, self.actions)
+        if decision.rollback:
+            job.restore(self._snapshot)
+        job.apply(
+            turn(
+                job.knobs,
+                decision,
+                low=self._start / EXPLORE,
+                high=self._start * EXPLORE,
+                parameters=job.context.parameters,
+                adapter=job.task.adapter,
+            )
+        )
+        progress = job.advance(min(job.task.interval, job.task.steps - job.step))
+        score = job.evaluate("validation")
+        shown = None if self._hidden else score.loss
+        self._history.append(with_validation(progress, self._history[-1], shown, decision))
+        reason = divergence(progress, score.loss, self._first)
+        before = self._loss
+        if reason is None:
+            reward = log_gain(before, score.loss, self._first)
+            self._loss = score.loss
+            if score.loss < self._best:
+                self._best, self._snapshot = score.loss, job.snapshot()
+        else:
+            reward = -CEILING - potential(before, self._first) - PENALTY
+        self._over = reason is not None or job.step >= job.task.steps
+        return self._observe(), reward, self._over, False, self._info(score.metric, reason)
+
+    @property
+    def history(self) -> tuple[Progress, ...]:
+        """The reports of this episode so far, oldest first."""
+        return tuple(self._history)
+
+    @property
+    def context(self) -> Context:
+        """The context of this episode's job."""
+        if self._job is None:
+            raise gymnasium.error.ResetNeeded("no episode yet; call reset()")
+        return self._job.context
+
+    def _draw(self, options: dict[str, Any]) -> tuple[Task, Knobs, int]:
+        rng = self.np_random
+        task = self.tasks[int(rng.integers(len(self.tasks)))]
+        if "task" in options:
+            task = find(options["task"])
+        if self._vary:
+            task = vary(task, workload.load(task).classes, rng)
+        optimizer = self._optimizers[int(rng.integers(len(self._optimizers)))]
+        shape = self._shape
+        if shape == "any":
+            shape = str(rng.choice(["linear", "linear", "cosine", "constant"]))
+        exponent = rng.uniform(-self._spread, self._spread)
+        ruler = reference_rate(workload.parameters(task.model), optimizer, task.adapter)
+        rate = float(options.get("rate", ruler * 10**exponent))
+        if optimizer not in OPTIMIZERS:
+            raise BadInput(f"environment: optimizers: {optimizer!r} is unknown")
+        return task, Knobs(rate=rate, optimizer=optimizer, shape=shape), int(rng.integers(2**31))
+
+    def _observe(self) -> np.ndarray:
+        assert self._job is not None
+        return observe(self._history, self._job.context)
+
+    def _info(self, metric: float, reason: str | None) -> dict[str, Any]:
+        assert self._job is not None
+        knobs = self._job.knobs
+        return {
+            "step": self._job.step,
+            "rate": knobs.rate,
+            "optimizer": knobs.optimizer,
+            "validation": self._loss,
+            "metric": metric,
+            "reason": reason,
+            "task": self._job.task.name,
+        }
+
+
+def divergence(progress: Progress, validation: float, first: float) -> str | None:
+    """Why a run counts as diverged, or None."""
+    if not all(math.isfinite(loss) for loss in progress.losses):
+        return "loss not finite"
+    if not progress.finite:
+        return "weights not finite"
+    if not math.isfinite(validation) or validation > BLOWN * first:
+        return "validation loss blew up"
+    return None

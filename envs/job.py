@@ -1,0 +1,293 @@
+"""Job: the seam between a fine-tuning run and everything that drives it.
+
+Environments, searches and schedules know a run only through `Job`. `TorchJob` is the fast
+native loop; a test may put a scripted fake behind the same verbs.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from envs import probe, workload
+from envs.errors import BadInput
+from envs.knobs import Decision, Knobs, factor
+from envs.progress import Context, Progress
+from envs.snapshot import Snapshot, recall, remember
+from envs.task import Split, Task
+
+
+class Score(NamedTuple):
+    """A split's mean loss in nats and its metric (accuracy), higher is better."""
+
+    loss: float
+    metric: float
+
+
+class Job(Protocol):
+    """A fine-tuning run that can be advanced, turned, judged, saved and put back."""
+
+    task: Task
+
+    @property
+    def step(self) -> int:
+        """Updates done; a restore does not take them back: they are spent."""
+
+    @property
+    def knobs(self) -> Knobs:
+        """The settings in force."""
+
+    @property
+    def context(self) -> Context:
+        """What the observation needs to know of the run as a whole."""
+
+    def advance(self, steps: int) -> Progress:
+        """Make that many updates and report. Never raises on divergence: it reports it."""
+
+    def apply(self, knobs: Knobs) -> None:
+        """Put the settings in force from the next update on."""
+
+    def evaluate(self, split: Split) -> Score:
+        """Judge the weights as they are on a split; training is not affected."""
+
+    def snapshot(self) -> Snapshot:
+        """The trained weights, copied."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put weights back and forget the optimizer's moments; the knobs stay."""
+
+
+class TorchJob:
+    """A task fine-tuned by a plain PyTorch loop on one device.
+
+    Owns its generators: the same task, seed and knobs give the same run bit for bit at the
+    same number of threads, whatever else draws random numbers in the process.
+    """
+
+    def __init__(
+        self, task: Task, seed: int, knobs: Knobs | None = None, device: str | None = None
+    ) -> None:
+        self.task = task
+        self._load = workload.load(task)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        order, head, noise = (int(x) for x in _spread(seed, 3))
+        self._module = self._load.module(head).to(self._device)
+        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._sampled = probe.sampled(self._parameters)
+        self._order = _batches(len(self._load.rows["train"]), task.batch, order)
+        self._random = torch.Generator().manual_seed(noise).get_state()
+        self._probe = probe.Probe()
+        self._step = 0
+        self._knobs = knobs or Knobs()
+        self._start_rate = self._knobs.rate
+        self._optimizer = _optimizer(self._parameters, self._knobs)
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self._step
+
+    @property
+    def knobs(self) -> Knobs:
+        """The settings in force."""
+        return self._knobs
+
+    @property
+    def context(self) -> Context:
+        """What the observation needs to know of the run as a whole."""
+        return Context(
+            total=self.task.steps,
+            decisions=self.task.decisions,
+            parameters=sum(p.numel() for p in self._module.parameters()),
+            rows=len(self._load.rows["train"]),
+            classes=len(self._load.classes),
+            adapter=self.task.adapter,
+            optimizer=self._knobs.optimizer,
+            start_rate=self._start_rate,
+        )
+
+    def advance(self, steps: int) -> Progress:
+        """Make ``steps`` updates; nothing is read from the device before the last is done."""
+        rows, losses = self._load.rows["train"], []
+        self._module.train()
+        with self._own_random():
+            for left in range(steps - 1, -1, -1):
+                rate = self._knobs.rate * factor(self._knobs, self._step, self.task.steps)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = rate
+                loss = self._loss(rows, next(self._order))["loss"]
+                loss.backward()  # type: ignore[no-untyped-call]
+                if left < 2:
+                    self._probe.gradient(probe.gather([_gradient(p) for p in self._sampled]))
+                if self._knobs.clip:
+                    nn.utils.clip_grad_norm_(self._parameters, self._knobs.clip)
+                if not left:
+                    self._probe.before(self._sampled)
+                self._optimizer.step()
+                if not left:
+                    self._probe.after(self._sampled)
+                self._optimizer.zero_grad()
+                losses.append(loss.detach())
+                self._step += 1
+        gradient, clipped, update, cosine = self._probe.read()
+        return Progress(
+            step=self._step,
+            rate=self._knobs.rate,
+            factor=factor(self._knobs, self._step, self.task.steps),
+            losses=tuple(torch.stack(losses).tolist()),
+            gradient=gradient,
+            clipped=clipped,
+            update=update,
+            cosine=cosine,
+            finite=finite(self._parameters),
+        )
+
+    def apply(self, knobs: Knobs) -> None:
+        """Put the settings in force; a new optimizer inherits the old one's moments."""
+        if knobs.optimizer != self._knobs.optimizer or knobs.weight_decay != (
+            self._knobs.weight_decay
+        ):
+            self._optimizer = _hand_over(self._optimizer, self._parameters, knobs)
+        self._knobs = knobs
+
+    def evaluate(self, split: Split) -> Score:
+        """Loss and accuracy on a split, without gradients or dropout."""
+        rows = self._load.rows[split]
+        self._module.eval()
+        loss = torch.zeros((), device=self._device)
+        right = torch.zeros((), device=self._device)
+        with torch.inference_mode():
+            for start in range(0, len(rows), 128):
+                index = torch.arange(start, min(start + 128, len(rows)))
+                result = self._loss(rows, index)
+                loss += result["loss"] * len(index)
+                labels = rows.labels[index].to(self._device)
+                right += (result["logits"].argmax(-1) == labels).sum()
+        total, correct = torch.stack([loss, right]).tolist()
+        return Score(total / len(rows), correct / len(rows))
+
+    def snapshot(self) -> Snapshot:
+        """The trained weights, copied."""
+        return remember(self._parameters)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put weights back and forget the optimizer's moments; the rate stays as chosen."""
+        recall(snapshot, self._parameters, self._optimizer)
+
+    def _loss(self, rows: workload.Tokens, index: Tensor) -> dict[str, Tensor]:
+        length = int(rows.lengths[index.numpy()].max())
+        result: dict[str, Tensor] = self._module(
+            rows.ids[index, :length].to(self._device),
+            rows.mask[index, :length].to(self._device),
+            rows.labels[index].to(self._device),
+        )
+        return result
+
+    @contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """Dropout draws from torch's global state: lend it the job's, and take it back."""
+        if not self.task.dropout:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            yield
+            self._random = torch.get_rng_state()
+
+
+def finite(parameters: list[nn.Parameter]) -> bool:
+    """Whether every weight is a finite number; one transfer from the device."""
+    with torch.no_grad():
+        sums = torch._foreach_norm(parameters)
+    return math.isfinite(torch.stack(sums).sum().item())
+
+
+def report_start(job: Job, validation: float) -> Progress:
+    """The report before any update: nothing is known but the validation loss."""
+    knobs = job.knobs
+    return Progress(
+        step=0,
+        rate=knobs.rate,
+        factor=factor(knobs, 0, job.task.steps),
+        validation=validation,
+    )
+
+
+def with_validation(
+    progress: Progress, before: Progress, validation: float | None, decision: Decision
+) -> Progress:
+    """A report with the decision that led to it and the validation loss, or the last known."""
+    if validation is None:
+        return replace(
+            progress, validation=before.validation, age=before.age + 1, decision=decision
+        )
+    return replace(progress, validation=validation, age=0, decision=decision)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _spread(seed: int, count: int) -> list[int]:
+    """Independent seeds from one."""
+    import numpy as np
+
+    if seed < 0:
+        raise BadInput(f"seed: {seed} is negative; give a whole number >= 0")
+    return [int(x) for x in np.random.SeedSequence(seed).generate_state(count)]
+
+
+def _batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of row numbers; a new order each epoch, the last short batch dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(rows, generator=generator)
+        yield from order[: rows - rows % batch].split(batch)
+
+
+def _optimizer(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Optimizer:
+    """A fresh optimizer; weight decay on matrices only, as transformers does."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": knobs.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if knobs.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=knobs.rate, fused=True)
+    if knobs.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=knobs.rate, momentum=0.9)
+    return torch.optim.RMSprop(groups, lr=knobs.rate, alpha=0.99)
+
+
+_FIRST = {"adamw": "exp_avg", "sgd": "momentum_buffer", "rmsprop": None}
+_SECOND = {"adamw": "exp_avg_sq", "sgd": None, "rmsprop": "square_avg"}
+
+
+def _hand_over(
+    old: torch.optim.Optimizer, parameters: list[nn.Parameter], knobs: Knobs
+) -> torch.optim.Optimizer:
+    """A new optimizer that inherits the first and second moments the old one has."""
+    new = _optimizer(parameters, knobs)
+    kind = {"AdamW": "adamw", "SGD": "sgd", "RMSprop": "rmsprop"}[type(old).__name__]
+    for parameter in parameters:
+        have = old.state.get(parameter, {})
+        first = have.get(_FIRST[kind] or "")
+        second = have.get(_SECOND[kind] or "")
+        step = have.get("step", torch.tensor(0.0))
+        if knobs.optimizer == "sgd" and first is not None:
+            # SGD's buffer sums gradients; AdamW's first moment averages them: times 1/(1-0.9).
+            new.state[parameter] = {
+                "momentum_buffer": first * 10.0 if kind == "adamw" else first.clone()
+            }
+        elif knobs.optimizer == "rmsprop" and second is not None:
+            new.state[parameter] = {"step": step.clone(), "square_avg": second.clone()}
+        elif knobs.optimizer == "adamw" and second is not None:
+            new.state[parameter] = {
+                "step": step.clone(),
+                "exp_avg": first.clone() if first is not None else torch.zeros_like(parameter),
+                "exp_avg_sq": second.clone(),
+            }
+    return new

@@ -1,0 +1,86 @@
+"""Probe: norms and cosines of gradients and updates, from a fixed sample of the weights.
+
+A whole pass over a large model for each figure would cost more than the tuner may spend, so
+every figure comes from at most `TENSORS` weight matrices, `SAMPLE` evenly spaced entries each.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+TENSORS = 24
+SAMPLE = 1024
+
+
+def sampled(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """The trainable weight matrices that the probe looks at, evenly spread over the model."""
+    matrices = [p for p in parameters if p.requires_grad and p.ndim >= 2]
+    matrices = matrices or [p for p in parameters if p.requires_grad]
+    count = min(TENSORS, len(matrices))
+    return [matrices[i * len(matrices) // count] for i in range(count)]
+
+
+def view(tensor: Tensor) -> Tensor:
+    """At most `SAMPLE` evenly spaced entries of a tensor, flat."""
+    flat = tensor.detach().reshape(-1)
+    stride = -(-flat.numel() // SAMPLE)
+    return flat[::stride].float()
+
+
+def gather(tensors: Sequence[Tensor]) -> Tensor:
+    """The sampled entries of all tensors in one new vector."""
+    return torch.cat([view(tensor) for tensor in tensors])
+
+
+class Probe:
+    """Collects samples around the last two updates of an interval; `read` gives the figures.
+
+    The order of calls in an interval: `gradient` after each of the last two backward passes,
+    before clipping; then `before` and `after` around the last optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self._gradients: list[Tensor] = []
+        self._clipped: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._update: Tensor | None = None
+
+    def gradient(self, sample: Tensor) -> None:
+        """sample: `gather` of the gradients of one update, before clipping."""
+        self._gradients = [*self._gradients[-1:], sample]
+
+    def before(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Just before the optimizer steps: gradients as clipped, weights as they are."""
+        self._clipped = gather([p.grad for p in parameters if p.grad is not None])
+        self._weights = gather(parameters)
+
+    def after(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Just after the optimizer has stepped."""
+        if self._weights is not None:
+            self._update = gather(parameters) - self._weights
+
+    def read(self) -> tuple[float, float, float, float]:
+        """(gradient norm, clipped share, update ratio, gradient cosine), NaN where unknown.
+
+        One transfer from the device; the probe is empty afterwards.
+        """
+        gradients, clipped, weights, update = (
+            self._gradients,
+            self._clipped,
+            self._weights,
+            self._update,
+        )
+        self.__init__()  # type: ignore[misc]
+        if not gradients or clipped is None or weights is None or update is None:
+            return math.nan, 1.0, math.nan, math.nan
+        last = gradients[-1]
+        dot = last @ gradients[0] if len(gradients) == 2 and len(gradients[0]) == len(last) else None
+        norms = [last.norm(), clipped.norm(), update.norm(), weights.norm(), gradients[0].norm()]
+        stacked = torch.stack([*norms, dot if dot is not None else last.new_tensor(math.nan)])
+        gradient, after, moved, size, other, product = stacked.tolist()
+        share = min(1.0, after / gradient) if gradient > 0 and math.isfinite(gradient) else 1.0
+        ratio = moved / size if size > 0 else math.nan
+        cosine = product / (gradient * other) if gradient * other > 0 else math.nan
+        return gradient, share, ratio, cosine

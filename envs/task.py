@@ -1,0 +1,133 @@
+"""Tasks: what is fine-tuned, on which data, for how many steps."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from envs.catalog import CORPORA, MODELS
+from envs.errors import BadInput, UnknownName, lookup
+
+Objective = Literal["classification"]
+Adapter = Literal["full", "lora"]
+Split = Literal["train", "validation", "selection", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fine-tuning job, apart from its knobs and its seed. Checked when it is made.
+
+    Sizes are counts of rows; ``steps`` are optimizer updates; ``interval`` is the number of
+    updates between two decisions; ``noise`` is the share of training labels replaced by a
+    random other class.
+    """
+
+    dataset: str  # a shipped corpus, a CSV or JSONL file, a saved or hub dataset
+    model: str = "tiny-32"  # a shipped model, a local directory or a hub id
+    objective: Objective = "classification"
+    text: str = "text"  # column of the text, for data of one's own
+    label: str = "label"  # column of the label, likewise
+    classes: tuple[str, ...] | None = None  # a subset of the classes; None takes all
+    rows: int = 1000
+    noise: float = 0.0
+    batch: int = 16
+    steps: int = 100
+    interval: int = 10
+    max_length: int = 24
+    adapter: Adapter = "full"
+    trainable_layers: int | None = None  # the uppermost encoder layers; None trains all
+    dropout: float = 0.0
+    validation_rows: int = 128  # for observation and reward
+    selection_rows: int = 256  # for choosing among checkpoints and trials
+    test_rows: int = 1000  # read once, by the referee
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "batch", "steps", "interval", "max_length", "validation_rows",
+                     "selection_rows", "test_rows"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise BadInput(f"task: {name}: {value!r} is not a count; give a whole number >= 1")
+        if self.batch > self.rows:
+            raise BadInput(
+                f"task: batch: {self.batch} is larger than the {self.rows} training rows; "
+                "lower batch or raise rows"
+            )
+        if self.interval > self.steps:
+            raise BadInput(
+                f"task: interval: {self.interval} is longer than the {self.steps} steps; lower it"
+            )
+        for name, top in (("noise", 0.9), ("dropout", 0.9)):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= top):
+                raise BadInput(f"task: {name}: {value!r} is not a share; give 0 to {top}")
+        if self.objective not in get_args(Objective):
+            raise UnknownName("objective", self.objective, get_args(Objective))
+        if self.adapter not in get_args(Adapter):
+            raise UnknownName("adapter", self.adapter, get_args(Adapter))
+        if self.classes is not None and len(set(self.classes)) < 2:
+            raise BadInput(f"task: classes: {self.classes!r} is one class; name at least two")
+        if self.trainable_layers is not None and self.trainable_layers < 0:
+            raise BadInput(f"task: trainable_layers: {self.trainable_layers} is negative")
+
+    @property
+    def decisions(self) -> int:
+        """Decisions in a whole run: the first before any update, then one per interval."""
+        return math.ceil(self.steps / self.interval)
+
+    @property
+    def role(self) -> str:
+        """``train``, ``choose`` or ``held-out`` for a shipped corpus; ``own`` for other data."""
+        return CORPORA[self.dataset].role if self.dataset in CORPORA else "own"
+
+    @property
+    def name(self) -> str:
+        """``dataset/model``, the short name of a table or a plot."""
+        return f"{self.dataset}/{self.model}"
+
+
+_MINILM = {"batch": 16, "max_length": 32, "steps": 60, "interval": 6, "rows": 500, "dropout": 0.1}
+
+TASKS: dict[str, Task] = {corpus: Task(dataset=corpus) for corpus in CORPORA} | {
+    f"{corpus}/{model}": Task(
+        dataset=corpus, model=model, **(_MINILM if model == "minilm-l6" else {})
+    )
+    for corpus in CORPORA
+    for model in MODELS
+}
+"""Shipped tasks: ``trec6`` is ``trec6/tiny-32``; a name with a model picks another encoder."""
+
+
+def find(name: str | Task, **changes: object) -> Task:
+    """The shipped task of that name (a `Task` is passed through) with some fields changed."""
+    task = name if isinstance(name, Task) else lookup(TASKS, name, "task")
+    known = {field.name for field in fields(Task)}
+    for key in changes:
+        if key not in known:
+            raise UnknownName("task field", key, known)
+    return replace(task, **changes)  # type: ignore[arg-type]
+
+
+def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task:
+    """A random relative of a task: class subset, rows, label noise, batch size, horizon.
+
+    classes: all classes of the task's dataset. The number of decisions is kept, so that
+    episodes of one environment have one length.
+    """
+    subset = None
+    if len(classes) > 2 and rng.random() < 0.7:
+        count = int(rng.integers(2, len(classes) + 1))
+        subset = tuple(sorted(rng.choice(classes, count, replace=False).tolist()))
+    batch = int(rng.choice([8, 16, 16, 32]))
+    decisions = task.decisions
+    interval = max(1, round(task.interval * float(rng.choice([0.6, 1.0, 1.0, 1.5]))))
+    return replace(
+        task,
+        classes=subset,
+        rows=int(rng.choice([200, 500, 1000, 2000])),
+        noise=float(rng.choice([0.0, 0.0, 0.1, 0.2])),
+        batch=batch,
+        interval=interval,
+        steps=interval * decisions,
+    )

@@ -1,0 +1,234 @@
+"""Workload: a task turned into a model and tensors."""
+
+import copy
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from envs import catalog
+from envs.errors import BadInput
+from envs.own_data import load_user
+from envs.rows import Rows
+from envs.task import SPLITS, Split, Task
+
+CAP = 8000  # rows of a split that are tokenised at most
+
+
+class MeanPoolClassifier(nn.Module):
+    """An encoder, the mean of its token states, and a linear head.
+
+    Mean pooling because a sentence encoder's own pooler is not trained for classification.
+    The signature is the one that transformers' ``Trainer`` calls.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """input_ids, attention_mask: (batch, length); labels: (batch,) -> loss and logits."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        logits = self.head((states * weights).sum(1) / weights.sum(1).clamp(min=1e-6))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised rows of one split: (rows, length) ids and mask, (rows,) labels and lengths."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a job needs of a task: its rows by split, and how to make its model."""
+
+    task: Task
+    classes: tuple[str, ...]
+    rows: dict[Split, Tokens]
+    fingerprint: str
+
+    def module(self, seed: int) -> MeanPoolClassifier:
+        """The pretrained encoder with a new head; trainable parts as the task asks.
+
+        seed: draws the head and the adapter, and nothing else; torch's own state is untouched.
+        """
+        task = self.task
+        encoder = copy.deepcopy(_encoder(task.model))
+        width: int = encoder.config.hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if task.adapter == "lora":
+                encoder = _with_lora(encoder)
+            elif task.trainable_layers is not None:
+                _freeze_below(encoder, task.trainable_layers)
+            module = MeanPoolClassifier(encoder, width, len(self.classes))
+            nn.init.normal_(module.head.weight, std=0.02)
+            nn.init.zeros_(module.head.bias)
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = task.dropout
+        return module
+
+
+@functools.lru_cache(maxsize=64)
+def load(task: Task) -> Workload:
+    """Read, check, tokenise and cut the task's data. Raises `BadInput` before any training."""
+    splits = _splits(task.dataset, task.text, task.label)
+    every = splits["train"].classes
+    wanted = task.classes or every
+    for name in wanted:
+        if name not in every:
+            raise BadInput(f"{task.dataset}: classes: no class {name!r}; it has {', '.join(every)}")
+    tokens = _tokens(task.dataset, task.model, task.max_length, task.text, task.label)
+    caps = {
+        "train": task.rows,
+        "validation": task.validation_rows,
+        "selection": task.selection_rows,
+        "test": task.test_rows,
+    }
+    place = np.full(len(every), -1, dtype=np.int64)
+    for index, name in enumerate(wanted):
+        place[every.index(name)] = index
+    rows: dict[Split, Tokens] = {}
+    for split in SPLITS:
+        ids, mask, labels = tokens[split]
+        moved = place[labels]
+        keep = np.flatnonzero(moved >= 0)[: caps[split]]
+        if not len(keep):
+            raise BadInput(f"{task.dataset}: {split}: no rows; give data for this split")
+        moved = moved[keep]
+        if split == "train":
+            if len(keep) < task.batch:
+                raise BadInput(
+                    f"{task.dataset}: batch: {task.batch} is larger than the {len(keep)} "
+                    "training rows; lower batch"
+                )
+            if len(np.unique(moved)) < 2:
+                raise BadInput(
+                    f"{task.dataset}: {task.label}: the training rows have one class; "
+                    "nothing can be learned from them"
+                )
+            moved = _noisy(moved, len(wanted), task.noise)
+        lengths = mask[keep].sum(1)
+        rows[split] = Tokens(
+            torch.from_numpy(ids[keep]),
+            torch.from_numpy(mask[keep]),
+            torch.from_numpy(moved),
+            lengths,
+        )
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        digest.update(rows[split].ids.numpy().tobytes() + rows[split].labels.numpy().tobytes())
+    return Workload(task, tuple(wanted), rows, digest.hexdigest())
+
+
+@functools.lru_cache(maxsize=16)
+def _splits(dataset: str, text: str, label: str) -> dict[str, Rows]:
+    if dataset in catalog.CORPORA:
+        return catalog.load(dataset)
+    return load_user(dataset, text=text, label=label)
+
+
+def _noisy(labels: np.ndarray, classes: int, share: float) -> np.ndarray:
+    """Replace a fixed share of labels by another class; the same rows for the same share."""
+    rng = np.random.default_rng(len(labels))
+    flip = rng.random(len(labels)) < share
+    return np.where(flip, (labels + rng.integers(1, classes, len(labels))) % classes, labels)
+
+
+@functools.lru_cache(maxsize=16)
+def _tokens(
+    dataset: str, model: str, length: int, text: str, label: str
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per split: (rows, length) int64 ids and mask, and the labels, of at most CAP rows."""
+    tokenizer = load_tokenizer(model)
+    if tokenizer.pad_token_id is None:
+        raise BadInput(f"{model}: tokenizer: no pad token; set tokenizer.pad_token and save it")
+    result = {}
+    for split, rows in _splits(dataset, text, label).items():
+        texts = list(rows.texts[:CAP])
+        coded = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="np"
+        )
+        mask = coded["attention_mask"].astype(np.int64)
+        if texts and not mask.any(1).all():
+            raise BadInput(f"{dataset}: {text}: a text without any token; drop empty texts")
+        result[split] = (coded["input_ids"].astype(np.int64), mask, rows.labels[:CAP])
+    return result
+
+
+def parameters(model: str) -> int:
+    """How many weights a model's encoder has."""
+    return sum(p.numel() for p in _encoder(model).parameters())
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a shipped model, a local directory or a hub id."""
+    from transformers import AutoTokenizer
+
+    return _pretrained(AutoTokenizer, model)
+
+
+@functools.lru_cache(maxsize=4)
+def _encoder(model: str) -> Any:
+    from transformers import AutoModel
+
+    encoder = _pretrained(AutoModel, model, dtype=torch.float32)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # not used by mean pooling; its weights would get no gradient
+    return encoder
+
+
+def _pretrained(factory: Any, model: str, **options: Any) -> Any:
+    path = catalog.model_path(model)
+    local = Path(path).is_dir()
+    try:
+        return factory.from_pretrained(path, local_files_only=local, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise BadInput(
+            f"{model}: not a model that transformers can load: {reason}; "
+            "give a transformers directory or a hub id"
+        ) from error
+
+
+def _with_lora(encoder: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, part in encoder.named_modules()
+             if isinstance(part, nn.Linear)}  # fmt: skip
+    for pair in ({"query", "value"}, {"q_proj", "v_proj"}, {"q_lin", "v_lin"}, {"q", "v"}):
+        if pair <= names:
+            return get_peft_model(encoder, LoraConfig(r=8, lora_alpha=16, target_modules=pair))
+    raise BadInput(f"adapter: no query and value projections among {sorted(names)}; use 'full'")
+
+
+def _freeze_below(encoder: nn.Module, layers: int) -> None:
+    """Leave only the uppermost layers trainable; the embeddings are frozen too."""
+    stack = next((p for p in encoder.modules() if isinstance(p, nn.ModuleList)), None)
+    if stack is None or layers > len(stack):
+        count = len(stack) if stack is not None else 0
+        raise BadInput(f"task: trainable_layers: {layers} of a model with {count} layers")
+    encoder.requires_grad_(False)
+    for layer in list(stack)[len(stack) - layers :]:
+        layer.requires_grad_(True)

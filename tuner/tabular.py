@@ -1,0 +1,135 @@
+"""Q-learning and SARSA over a binned observation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+from envs.observe import FEATURES
+from tuner.agent import Arrays, Network
+
+Table = NDArray[np.float64]
+Target = Callable[[Table, float, int, int], float]
+
+
+def q_learning(table: Table, reward: float, state: int, action: int) -> float:
+    """reward + max_a Q(s', a): off-policy TD(0), discount 1 (Sutton & Barto 2018, eq. 6.8)."""
+    return reward + float(table[state].max())
+
+
+def sarsa(table: Table, reward: float, state: int, action: int) -> float:
+    """reward + Q(s', a'): on-policy TD(0), discount 1 (Sutton & Barto 2018, eq. 6.7)."""
+    return reward + float(table[state, action])
+
+
+@dataclass(frozen=True)
+class TabularConfig:
+    """Learning constants, and the features a state is made of with their bin edges."""
+
+    episodes: int = 4  # of each environment in an iteration
+    first_rate: float = 0.5  # step size of a pair's first update; falls as visits ** -power
+    power: float = 0.6
+    floor: float = 0.02
+    explore_from: float = 1.0  # epsilon at the start, and at the end of the training
+    explore_to: float = 0.05
+    bins: tuple[tuple[str, tuple[float, ...]], ...] = (
+        ("rate_vs_reference", (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25)),
+        ("progress", (0.05, 0.5)),
+        ("validation_vs_best", (0.02, 0.2)),
+        ("train_vs_previous", (-0.02,)),
+    )
+
+
+@dataclass
+class TabularAgent:
+    """A table Q(state, action), learned by temporal differences from epsilon-greedy episodes.
+
+    target: `q_learning` or `sarsa`; nothing else tells the two apart.
+    """
+
+    target: Target
+    actions: int
+    config: TabularConfig = TabularConfig()
+    features: Sequence[str] = tuple(feature.name for feature in FEATURES)
+    table: Table = field(init=False)
+    visits: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._columns = [list(self.features).index(name) for name, _ in self.config.bins]
+        self._edges = [np.asarray(edges) for _, edges in self.config.bins]
+        self._shape = tuple(len(edges) + 1 for edges in self._edges)
+        states = int(np.prod(self._shape))
+        self.table = np.zeros((states, self.actions))
+        self.visits = np.zeros((states, self.actions), dtype=np.int64)
+
+    def states(self, observations: NDArray[np.float32]) -> NDArray[np.intp]:
+        """(environments, features) raw observations -> (environments,) rows of the table."""
+        indices = [
+            np.searchsorted(edges, observations[:, column], side="right")
+            for column, edges in zip(self._columns, self._edges, strict=True)
+        ]
+        return np.asarray(np.ravel_multi_index(indices, self._shape))
+
+    def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
+        """Some episodes in every environment, an update after each step."""
+        config, rng = self.config, np.random.default_rng(seed)
+        epsilon = config.explore_from + (config.explore_to - config.explore_from) * min(
+            1.0, share / 0.8
+        )
+        observations, _ = envs.reset(seed=seed)
+        state = self.states(observations)
+        action = self._choose(state, epsilon, rng)
+        left = np.full(envs.num_envs, config.episodes)
+        errors = []
+        while left.any():
+            observations, rewards, terminated, truncated, _ = envs.step(action)
+            following = self.states(observations)
+            chosen = self._choose(following, epsilon, rng)
+            for i in np.flatnonzero(left):
+                if truncated[i]:  # cut off from outside: neither an end nor a next state
+                    left[i] -= 1
+                    continue
+                goal = float(rewards[i])
+                if terminated[i]:
+                    left[i] -= 1
+                else:
+                    goal = self.target(self.table, goal, int(following[i]), int(chosen[i]))
+                errors.append(abs(self._update(int(state[i]), int(action[i]), goal)))
+            state, action = following, chosen
+        return {"epsilon": epsilon, "td_error": float(np.mean(errors)) if errors else 0.0}
+
+    def network(self) -> tuple[Network, Arrays]:
+        """The table with its bins; never-visited pairs stay below every visited one."""
+        values = np.where(self.visits > 0, self.table, self.table.min() - 1.0)
+        bins = [{"feature": name, "edges": list(edges)} for name, edges in self.config.bins]
+        array = values.reshape(*self._shape, self.actions).astype(np.float32)
+        return {"kind": "table", "bins": bins}, {"table": array}
+
+    def state(self) -> dict[str, Any]:
+        """The table and the visits."""
+        return {"table": torch.from_numpy(self.table), "visits": torch.from_numpy(self.visits)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a saved table."""
+        self.table = state["table"].numpy().copy()
+        self.visits = state["visits"].numpy().copy()
+
+    def _choose(
+        self, states: NDArray[np.intp], epsilon: float, rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """Epsilon-greedy, ties broken at random."""
+        rows = self.table[states]
+        greedy = (rows + 1e-9 * rng.random(rows.shape)).argmax(1)
+        dice, random = rng.random(len(states)), rng.integers(self.actions, size=len(states))
+        return np.asarray(np.where(dice < epsilon, random, greedy), dtype=np.int64)
+
+    def _update(self, state: int, action: int, goal: float) -> float:
+        self.visits[state, action] += 1
+        size = self.config.first_rate * float(self.visits[state, action]) ** -self.config.power
+        error = goal - self.table[state, action]
+        self.table[state, action] += max(size, self.config.floor) * error
+        return float(error)
