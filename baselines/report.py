@@ -2,6 +2,7 @@
 
 import html
 import io
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from envs.files import write_atomic
 Outcome = Mapping[str, Any]
 Cell = tuple[str, int, float]  # task, seed, starting rate: the same for every method
 Table = dict[str, dict[Cell, Outcome]]
-RESAMPLES = 1000
+RESAMPLES = 500
 REFERENCE = "keep"  # the user's own schedule
 INK, SOFT, LINE = "#30343a", "#767c85", "#d8dce1"  # in the page they follow light and dark
 COLOURS = {  # 3 to 1 against white and near-black; red is the tuner's alone
@@ -117,8 +118,8 @@ def verdict(summary: Mapping[str, Any]) -> str:
         said.append(f"In the median task it is worth {' to '.join(ends)}.")
     said.append(
         f"It diverged in {row['diverged']} of {row['trials']} runs"
-        + (f" and ended clearly worse than the user's own schedule in {percent(harm['rate'])} % of them."
-           if (harm := summary["harm"]) else ".")
+        + (f" and ended clearly worse than the user's own schedule in {percent(harm['rate'])} % of "
+           f"{harm['runs']} cells." if (harm := summary["harm"]) else ".")
     )  # fmt: skip
     return " ".join(said)
 
@@ -237,13 +238,14 @@ def _curves(table: Table, rows: Sequence[Mapping[str, Any]],
         traces = [trace for group in groups.values() for trace in group if trace[0].size]
         if not traces:
             continue
-        first, last = max(t[0][0] for t in traces), max(t[0][-1] for t in traces)
+        first, last = (max(float(t[0][i]) for t in traces) for i in (0, -1))
         single = all(t[0].size == 1 for t in traces)
         grid = [float(np.mean([t[0][0] for t in traces]))] if single else _grid(first, last)
-        scores = [np.array([[best[max(0, np.searchsorted(spent, x + 1e-9) - 1)] if spent.size
-                             else -math.inf for x in grid] for spent, best in group])
+        x = np.array(grid) + 1e-9
+        scores = [np.array([best[np.maximum(np.searchsorted(spent, x), 1) - 1] if spent.size
+                            else np.full(x.size, -np.inf) for spent, best in group])
                   for group in groups.values()]  # fmt: skip
-        curves[name] = {"runs": list(grid)} | _bands(scores)
+        curves[name] = {"runs": grid} | _bands(scores)
     return curves
 
 
@@ -346,12 +348,13 @@ def traces(
                       and _cell(o) == _cell(chosen) and o["trials"]), ())  # fmt: skip
         curve = chosen["trials"][0]["curve"]
         starts = [0, *(point["step"] for point in curve)]
-        note = f"median of {len(mine)} runs; seed {chosen['seed']}, started at {{:g}}"
+        note = f"median of {len(mine)} runs; seed {chosen['seed']}, "
+        note += f"started at {chosen['start_rate']:.3g}"
         found.append({
-            "name": task, "note": note.format(chosen["start_rate"]), "label": "selection loss",
+            "name": task, "note": note, "label": "selection loss",
             "steps": starts[1:], "rate": [p["rate"] for p in curve],
             "loss": [p["selection_loss"] for p in curve],
-            "other": [[p[key] for p in other] for key in ("step", "selection_loss")] if other else [],
+            "other": other and [[p[k] for p in other] for k in ("step", "selection_loss")],
             "decisions": [(s, p["decision"], p["guard"])
                           for s, p in zip(starts, curve, strict=False) if p["decision"]],
         })  # fmt: skip
@@ -402,7 +405,7 @@ def figures(
             height=0.9 + 0.3 * len(style))  # fmt: skip
         for key, title, curves in (
             ("quality", "All tasks", summary["curves"]),
-            *((f"quality-{task['name']}", task["name"], task["curves"])
+            *((f"quality-{task['name']}", f"{task['name']}, {task['role']}", task["curves"])
               for task in summary["tasks"]),
         ):  # fmt: skip
             ends = ", ".join(f"{m} {percent(c['point'][-1])} % after {c['runs'][-1]:.3g} runs"
@@ -557,12 +560,12 @@ def _draw_trace(figure: Any, run: Mapping[str, Any]) -> None:
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(1.0, 1.15))
     if run["other"]:
         loss.plot(*run["other"], color=SOFT, lw=1.4, alpha=0.8, label=REFERENCE)
-    loss.plot(run["steps"], run["loss"], color=MINE, lw=1.8, label="steered")
+    measured = [(s, x) for s, x in zip(run["steps"], run["loss"], strict=True) if math.isfinite(x)]
+    loss.plot(*zip(*measured, strict=True), color=MINE, lw=1.8, label="steered")
     loss.legend(fontsize=8, loc="upper right")
     loss.set_ylabel(run["label"])
     rate.step([0, *run["steps"]], [*run["rate"][:1], *run["rate"]], where="pre", color=INK, lw=1.3)
     rate.set(ylabel="learning rate", xlabel="step")
-    turns = 0
     for step, label, guard in run["decisions"]:
         after = next((r for s, r in zip(run["steps"], run["rate"], strict=True) if s > step), None)
         height = after if after is not None else run["rate"][-1]
@@ -571,17 +574,16 @@ def _draw_trace(figure: Any, run: Mapping[str, Any]) -> None:
         mark = "." if label == "keep" else "X" if label == "rollback" else "D"
         mark = mark if factor is None else "^" if up else "v"
         colour = "#8467c9" if label == "rollback" else SOFT if mark == "." else MINE
-        rate.plot([step], [height], mark, color=colour, ms=6)
+        rate.plot([step], [height], mark, color=colour, ms=8 if mark == "X" else 6)
         if label == "rollback":
             for axes in (loss, rate):
                 axes.axvline(step, color=colour, lw=1, ls=":")
         if guard:
             rate.plot([step], [height], "o", color=CARE, ms=13, mfc="none", mew=1.8)
-        if label != "keep":
-            turns += 1
+        if label != "keep":  # Beside the step that led here.
             rate.annotate(f"{label}{' (guard)' if guard else ''}", (step, height), fontsize=7.5,
-                          xytext=(0, 8 if up or turns % 2 else -14), textcoords="offset points",
-                          ha="center", color=INK)  # fmt: skip
+                          xytext=(0, 9) if up else (5, 5), textcoords="offset points",
+                          ha="center" if up else "left", color=INK)  # fmt: skip
     _axis(rate, rate=True)
     rate.margins(y=0.28)
 
@@ -625,7 +627,7 @@ def render(
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "trials": trials, "count": "{:,.0f}".format,
-                            "whole": "{:.0%}".format}  # fmt: skip
+                            "whole": lambda x: f"{100 * x:.0f}"}  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         summary=summary, pictures=pictures, facts=facts or {},
         steered=[name for name in pictures if name.startswith("steered-")],
@@ -641,7 +643,7 @@ def write(
     training: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Write ``report.html`` and ``figures/*.png`` into a run folder -> the summary."""
+    """Write ``report.html``, ``summary.json`` and ``figures/*.png`` in a folder -> the summary."""
     runs = list(outcomes)
     summary = summarise(runs, training)
     pictures = figures(summary, traces(runs, summary, steered), training)
@@ -650,4 +652,15 @@ def write(
         write_atomic(folder / "figures" / f"{file}.png", picture.png)
     page = render(summary, pictures, provenance(runs) | dict(facts or {}))
     write_atomic(folder / "report.html", page.encode())
+    text = json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n"
+    write_atomic(folder / "summary.json", text.encode())
     return summary
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null; for trials to match, ``n_max`` tells which."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

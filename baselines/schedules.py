@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.stats import rankdata
 
 from baselines.method import Arena, Method, run_static
 from envs import workload
@@ -127,10 +126,12 @@ def best_fixed(candidates: Sequence[Fixed], outcomes: Iterable[Mapping[str, Any]
         job = str(outcome.get("cell", outcome)["task"]), int(outcome["seed"])
         scores = [trial["selection"] for trial in outcome["trials"]]
         table.setdefault(job, {})[outcome["method"]] = max(scores, default=0.0)
-    if not table or any(set(scores) != set(names) for scores in table.values()):
+    if not table or any(set(row) != set(names) for row in table.values()):
         raise BadInput("fixed: a candidate lacks a job; compare all of them on the same ones")
-    ranks = [rankdata([-scores[name] for name in names]) for scores in table.values()]
-    return replace(candidates[int(np.argmin(np.mean(ranks, axis=0)))], name="fixed")
+    every = np.array([[row[name] for name in names] for row in table.values()])
+    ahead, equal = every[:, None, :] > every[:, :, None], every[:, None, :] == every[:, :, None]
+    ranks = (ahead + 0.5 * equal).sum(2)
+    return replace(candidates[int(np.argmin(ranks.mean(0)))], name="fixed")
 
 
 def find_fixed(

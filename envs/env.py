@@ -8,9 +8,21 @@ import gymnasium
 import numpy as np
 
 from envs import workload
-from envs.errors import BadInput
+from envs.errors import BadInput, UnknownName
 from envs.job import Job, TorchJob, report_start, with_validation
-from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, decode, reference_rate, turn
+from envs.knobs import (
+    OPTIMIZERS,
+    RATE_CEILING,
+    RATE_FLOOR,
+    SHAPES,
+    Actions,
+    Knobs,
+    Optimizer,
+    decode,
+    exchange,
+    reference_rate,
+    turn,
+)
 from envs.observe import observe, space
 from envs.progress import Context, Progress
 from envs.reward import CEILING, PENALTY, log_gain, potential
@@ -19,6 +31,7 @@ from envs.task import Task, find, vary
 MakeJob = Callable[[Task, int, Knobs], Job]
 
 EXPLORE = 10**1.5  # a tuner may move the rate by 1.5 decades either way of the start
+OPTIONS = ("rate", "task")  # of `reset`
 BLOWN = math.exp(CEILING)  # a validation loss so many times the first one is a divergence
 
 
@@ -85,7 +98,16 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         if not names:
             raise BadInput("environment: task: none given; name at least one")
         if not 0 <= spread <= 3:
-            raise BadInput(f"environment: spread: {spread!r} is not in 0 to 3 decades")
+            raise BadInput(f"environment: spread: {spread!r} is out of range; give 0 to 3 decades")
+        if not 0 <= blind <= 1:
+            raise BadInput(f"environment: blind: {blind!r} is no probability; give 0 to 1")
+        if not optimizers:
+            raise BadInput("environment: optimizers: none given; name at least one")
+        for optimizer in optimizers:
+            if optimizer not in OPTIMIZERS:
+                raise UnknownName("optimizer", optimizer, OPTIMIZERS)
+        if shape not in (*SHAPES, "any"):
+            raise UnknownName("schedule shape", shape, (*SHAPES, "any"))
         self.tasks = [find(name) for name in names]
         self.actions = actions or Actions()
         self.observation_space = space()
@@ -99,6 +121,9 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode. options: ``rate`` (a starting rate), ``task`` (a name or `Task`)."""
+        for name in options or {}:
+            if name not in OPTIONS:
+                raise UnknownName("option of reset", name, OPTIONS)
         super().reset(seed=seed)
         task, knobs, job_seed = self._draw(options or {})
         self._job = self._make_job(task, job_seed, knobs)
@@ -120,16 +145,10 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         job, decision = self._job, decode(action, self.actions)
         if decision.rollback:
             job.restore(self._snapshot)
-        job.apply(
-            turn(
-                job.knobs,
-                decision,
-                low=self._start / EXPLORE,
-                high=self._start * EXPLORE,
-                parameters=job.context.parameters,
-                adapter=job.task.adapter,
-            )
-        )
+        knobs, size, adapter = job.knobs, job.context.parameters, job.task.adapter
+        low, high = self._start / EXPLORE, self._start * EXPLORE
+        job.apply(turn(knobs, decision, low=low, high=high, parameters=size, adapter=adapter))
+        self._start *= exchange(knobs.optimizer, job.knobs.optimizer, size, adapter)
         progress = job.advance(min(job.task.interval, job.task.steps - job.step))
         score = job.evaluate("validation")
         shown = None if self._hidden else score.loss
@@ -164,17 +183,28 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         if "task" in options:
             task = find(options["task"])
         if self._vary:
-            task = vary(task, workload.load(task).classes, rng)
+            task = self._relative(task)
         optimizer = self._optimizers[int(rng.integers(len(self._optimizers)))]
         shape = self._shape
         if shape == "any":
             shape = str(rng.choice(["linear", "linear", "cosine", "constant"]))
         exponent = rng.uniform(-self._spread, self._spread)
         ruler = reference_rate(workload.parameters(task.model), optimizer, task.adapter)
-        rate = float(options.get("rate", ruler * 10**exponent))
-        if optimizer not in OPTIMIZERS:
-            raise BadInput(f"environment: optimizers: {optimizer!r} is unknown")
+        drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
+        rate = options.get("rate", drawn)
         return task, Knobs(rate=rate, optimizer=optimizer, shape=shape), int(rng.integers(2**31))
+
+    def _relative(self, task: Task) -> Task:
+        """A random relative that the data can serve: few rows of a class rule some out."""
+        classes = workload.load(task).classes
+        for _ in range(20):
+            relative = vary(task, classes, self.np_random)
+            try:
+                workload.load(relative)
+            except BadInput:
+                continue
+            return relative
+        return task
 
     def _observe(self) -> np.ndarray:
         assert self._job is not None

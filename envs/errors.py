@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+MANY = 15  # names that a message lists
 
 
 class SteersmanError(Exception):
@@ -30,10 +31,12 @@ class UnknownName(BadInput):
     """A name that is not in a table of names."""
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
-        names = sorted(known)
+        names = sorted(known, key=lambda each: ("/" in each, each))
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"no {kind} {str(name)[:80]!r}.{hint} Known: {', '.join(names)}.")
+        more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+        known = ", ".join(names[:MANY])
+        super().__init__(f"no {kind} {str(name)[:80]!r}.{hint} Known: {known}{more}.")
 
 
 class BadArtifact(BadInput):

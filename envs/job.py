@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,11 +80,12 @@ class TorchJob:
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._sampled = probe.sampled(self._parameters)
         self._order = _batches(len(self._load.rows["train"]), task.batch, order)
-        self._random = torch.Generator().manual_seed(noise).get_state()
+        self._random = _RandomState(noise, self._device)
         self._probe = probe.Probe()
         self._step = 0
         self._knobs = knobs or Knobs()
         self._start_rate = self._knobs.rate
+        self._size = sum(p.numel() for p in self._module.parameters())
         self._optimizer = _optimizer(self._parameters, self._knobs)
 
     @property
@@ -102,7 +104,7 @@ class TorchJob:
         return Context(
             total=self.task.steps,
             decisions=self.task.decisions,
-            parameters=sum(p.numel() for p in self._module.parameters()),
+            parameters=self._size,
             rows=len(self._load.rows["train"]),
             classes=len(self._load.classes),
             adapter=self.task.adapter,
@@ -114,7 +116,7 @@ class TorchJob:
         """Make ``steps`` updates; nothing is read from the device before the last is done."""
         rows, losses = self._load.rows["train"], []
         self._module.train()
-        with self._own_random():
+        with self._random.lent():
             for left in range(steps - 1, -1, -1):
                 rate = self._knobs.rate * factor(self._knobs, self._step, self.task.steps)
                 for group in self._optimizer.param_groups:
@@ -122,7 +124,7 @@ class TorchJob:
                 loss = self._loss(rows, next(self._order))["loss"]
                 loss.backward()  # type: ignore[no-untyped-call]
                 if left < 2:
-                    self._probe.gradient(probe.gather([_gradient(p) for p in self._sampled]))
+                    self._probe.gradient(probe.gather([probe.gradient_of(p) for p in self._sampled]))
                 if self._knobs.clip:
                     nn.utils.clip_grad_norm_(self._parameters, self._knobs.clip)
                 if not left:
@@ -187,16 +189,26 @@ class TorchJob:
         )
         return result
 
+
+class _RandomState:
+    """The random state of one job: dropout draws from torch's global one, so it is swapped in."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        devices = ["cpu"] if device.type == "cpu" else ["cpu", device]
+        self._states = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
+        self._cuda = [device] if device.type == "cuda" else []
+
     @contextmanager
-    def _own_random(self) -> Iterator[None]:
-        """Dropout draws from torch's global state: lend it the job's, and take it back."""
-        if not self.task.dropout:
+    def lent(self) -> Iterator[None]:
+        """Torch's global state is the job's inside, and what it was outside."""
+        with torch.random.fork_rng(devices=self._cuda):
+            torch.set_rng_state(self._states[0])
+            for device, state in zip(self._cuda, self._states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
             yield
-            return
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self._random)
-            yield
-            self._random = torch.get_rng_state()
+            self._states[0] = torch.get_rng_state()
+            for number, device in enumerate(self._cuda, start=1):
+                self._states[number] = torch.cuda.get_rng_state(device)
 
 
 def finite(parameters: list[nn.Parameter]) -> bool:
@@ -228,14 +240,8 @@ def with_validation(
     return replace(progress, validation=validation, age=0, decision=decision)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-
-
 def _spread(seed: int, count: int) -> list[int]:
     """Independent seeds from one."""
-    import numpy as np
-
     if seed < 0:
         raise BadInput(f"seed: {seed} is negative; give a whole number >= 0")
     return [int(x) for x in np.random.SeedSequence(seed).generate_state(count)]
@@ -264,30 +270,37 @@ def _optimizer(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Opti
 
 _FIRST = {"adamw": "exp_avg", "sgd": "momentum_buffer", "rmsprop": None}
 _SECOND = {"adamw": "exp_avg_sq", "sgd": None, "rmsprop": "square_avg"}
+_DECAY = {"adamw": 0.999, "rmsprop": 0.99}  # of the second moment
 
 
 def _hand_over(
     old: torch.optim.Optimizer, parameters: list[nn.Parameter], knobs: Knobs
 ) -> torch.optim.Optimizer:
-    """A new optimizer that inherits the first and second moments the old one has."""
+    """A new optimizer that inherits the first and second moments the old one has.
+
+    A mean that decays by b has grown to 1 - b^steps of what it measures: the second moment is
+    rescaled to where the new optimizer's own would be.
+    """
     new = _optimizer(parameters, knobs)
     kind = {"AdamW": "adamw", "SGD": "sgd", "RMSprop": "rmsprop"}[type(old).__name__]
     for parameter in parameters:
         have = old.state.get(parameter, {})
         first = have.get(_FIRST[kind] or "")
         second = have.get(_SECOND[kind] or "")
-        step = have.get("step", torch.tensor(0.0))
+        step = have.get("step", torch.tensor(0.0)).to(parameter.device, copy=True)
+        if kind in _DECAY and knobs.optimizer in _DECAY:
+            share = (1 - _DECAY[knobs.optimizer] ** step) / (1 - _DECAY[kind] ** step)
         if knobs.optimizer == "sgd" and first is not None:
             # SGD's buffer sums gradients; AdamW's first moment averages them: times 1/(1-0.9).
             new.state[parameter] = {
                 "momentum_buffer": first * 10.0 if kind == "adamw" else first.clone()
             }
         elif knobs.optimizer == "rmsprop" and second is not None:
-            new.state[parameter] = {"step": step.clone(), "square_avg": second.clone()}
+            new.state[parameter] = {"step": step.cpu(), "square_avg": second * share}
         elif knobs.optimizer == "adamw" and second is not None:
             new.state[parameter] = {
-                "step": step.clone(),
+                "step": step,
                 "exp_avg": first.clone() if first is not None else torch.zeros_like(parameter),
-                "exp_avg_sq": second.clone(),
+                "exp_avg_sq": second * share,
             }
     return new

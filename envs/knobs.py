@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import gymnasium
 import numpy as np
@@ -34,7 +35,7 @@ class Knobs:
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rate) and RATE_FLOOR <= self.rate <= RATE_CEILING):
+        if not (_number(self.rate) and RATE_FLOOR <= self.rate <= RATE_CEILING):
             raise BadInput(
                 f"knobs: rate: {self.rate!r} cannot train anything; "
                 f"give a number from {RATE_FLOOR:g} to {RATE_CEILING:g}"
@@ -45,8 +46,13 @@ class Knobs:
             raise UnknownName("optimizer", self.optimizer, OPTIMIZERS)
         for name, top in (("warmup", 0.99), ("weight_decay", 1.0), ("clip", 1e6)):
             value = getattr(self, name)
-            if not 0 <= value <= top:
+            if not (_number(value) and 0 <= value <= top):
                 raise BadInput(f"knobs: {name}: {value!r} is out of range; give 0 to {top:g}")
+
+
+def _number(value: object) -> bool:
+    """Whether it is a number at all: text from a configuration file is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def factor(knobs: Knobs, step: int, total: int) -> float:
@@ -68,13 +74,18 @@ def factor(knobs: Knobs, step: int, total: int) -> float:
 def reference_rate(parameters: int, optimizer: str, adapter: str) -> float:
     """A plausible peak rate for a model of that size; only a ruler for the observation.
 
-    AdamW's falls as the model grows: 2e-3 at 150 thousand parameters, 1e-4 at 23 million
-    (both measured on this project's tasks), about 2e-6 at 7 billion.
+    AdamW's falls as the model grows: 7e-3 at 200 thousand parameters, 2e-3 at a million (the
+    best of half-decade sweeps on this project's tasks), about 8e-6 at 7 billion.
     """
-    rate = 2e-3 * (max(parameters, 1) / 1.5e5) ** -0.6
+    rate = 7e-3 * (max(parameters, 1) / 2e5) ** -0.65
     if adapter == "lora":
         rate *= 5.0
     return rate * {"adamw": 1.0, "rmsprop": 0.5, "sgd": 50.0}.get(optimizer, 1.0)
+
+
+def exchange(old: str, new: str, parameters: int, adapter: str) -> float:
+    """What a rate of the old optimizer is multiplied by for a comparable step of the new one."""
+    return reference_rate(parameters, new, adapter) / reference_rate(parameters, old, adapter)
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,19 @@ class Actions:
     def __post_init__(self) -> None:
         if self.view not in ("discrete", "continuous"):
             raise UnknownName("action view", self.view, ("discrete", "continuous"))
-        if not all(math.isfinite(m) and 1e-3 <= m <= 1e3 for m in self.multipliers):
-            raise BadInput(f"actions: multipliers: {self.multipliers} leave [0.001, 1000]")
+        if not all(_number(m) and 1e-3 <= m <= 1e3 for m in self.multipliers):
+            raise BadInput(
+                f"actions: multipliers: {self.multipliers} are not all from 0.001 to 1000; "
+                "give factors of the rate"
+            )
         if 1.0 not in self.multipliers:
-            raise BadInput(f"actions: multipliers: {self.multipliers} lack 1, which keeps the rate")
-        if not 0 < self.span <= 3:
-            raise BadInput(f"actions: span: {self.span} is not in (0, 3] decades")
+            raise BadInput(
+                f"actions: multipliers: {self.multipliers} lack 1, which keeps the rate; add it"
+            )
+        if not (_number(self.span) and 0 < self.span <= 3):
+            raise BadInput(
+                f"actions: span: {self.span!r} is out of range; give decades above 0, at most 3"
+            )
         for optimizer in self.optimizers:
             if optimizer not in OPTIMIZERS:
                 raise UnknownName("optimizer", optimizer, OPTIMIZERS)
@@ -149,23 +167,43 @@ class Actions:
 def decode(action: object, actions: Actions) -> Decision:
     """An action -> what it asks for. Raises `BadInput` on one outside the space, NaN included."""
     if actions.view == "continuous":
-        values = np.asarray(action, dtype=np.float64).reshape(-1)
-        if values.shape != (actions.size,) or not np.all(np.abs(values) <= 1.0):
-            raise BadInput(f"action: {action!r} is not {actions.size} numbers in [-1, 1]")
+        values = _array(action)
+        if (
+            values.shape != (actions.size,)
+            or values.dtype.kind not in "fiu"
+            or not np.all(np.abs(values) <= 1.0)
+        ):
+            raise BadInput(
+                f"action: {_brief(action)} is not a vector of numbers in [-1, 1]; "
+                f"give {actions.size}"
+            )
         rollback = actions.rollback and bool(values[1] > 0.5)
         return Decision(1.0 if rollback else 10.0 ** (actions.span * float(values[0])), rollback)
-    number = np.asarray(action)
-    if number.size != 1 or not np.issubdtype(number.dtype, np.integer):
-        raise BadInput(f"action: {action!r} is not one whole number")
+    number = _array(action)
+    if number.size != 1 or number.dtype.kind not in "iu":
+        raise BadInput(
+            f"action: {_brief(action)} is not one whole number; give 0 to {actions.size - 1}"
+        )
     index = int(number.item())
     if not 0 <= index < actions.size:
-        raise BadInput(f"action: {index} is not in 0 to {actions.size - 1}")
+        raise BadInput(f"action: {index} is out of range; give 0 to {actions.size - 1}")
     if index < len(actions.multipliers):
         return Decision(multiplier=actions.multipliers[index])
     index -= len(actions.multipliers)
     if actions.rollback and index == 0:
         return Decision(rollback=True)
     return Decision(optimizer=actions.optimizers[index - actions.rollback])
+
+
+def _array(action: object) -> np.ndarray[Any, np.dtype[Any]]:
+    try:
+        return np.asarray(action)
+    except ValueError:  # ragged
+        return np.array(None)
+
+
+def _brief(value: object) -> str:
+    return " ".join(repr(value).split())[:80]
 
 
 def turn(
@@ -185,7 +223,7 @@ def turn(
     rate = knobs.rate * (ROLLBACK_FACTOR if decision.rollback else decision.multiplier)
     optimizer = decision.optimizer or knobs.optimizer
     if optimizer != knobs.optimizer:
-        ruler = [reference_rate(parameters, name, adapter) for name in (knobs.optimizer, optimizer)]
-        rate, low, high = (value * ruler[1] / ruler[0] for value in (rate, low, high))
+        share = exchange(knobs.optimizer, optimizer, parameters, adapter)
+        rate, low, high = rate * share, low * share, high * share
     rate = min(max(rate, low, RATE_FLOOR), high, RATE_CEILING)
     return replace(knobs, rate=rate, optimizer=optimizer)

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.knobs import reference_rate
+from envs.knobs import ROLLBACK_FACTOR, reference_rate
 from envs.progress import Context, Progress
 
 VERSION = 1
@@ -73,15 +73,18 @@ def log_ratio(above: float, below: float) -> float:
 
 
 def slope(values: Sequence[float]) -> tuple[float, float]:
-    """Least-squares slope per item of the logs, and the deviation around the line."""
-    logs = [math.log(value) for value in values if 0 < value < math.inf]
+    """Least-squares slope per item of the logs, and the deviation around the line.
+
+    An item that has no log leaves a gap.
+    """
+    logs = [(i, math.log(value)) for i, value in enumerate(values) if 0 < value < math.inf]
     count = len(logs)
     if count < 2:
         return math.nan, math.nan
-    middle, mean = (count - 1) / 2, sum(logs) / count
-    spread = sum((i - middle) ** 2 for i in range(count))
-    tilt = sum((i - middle) * (log - mean) for i, log in enumerate(logs)) / spread
-    rest = sum((log - mean - tilt * (i - middle)) ** 2 for i, log in enumerate(logs))
+    middle, mean = (sum(column) / count for column in zip(*logs, strict=True))
+    spread = sum((i - middle) ** 2 for i, _ in logs)
+    tilt = sum((i - middle) * (log - mean) for i, log in logs) / spread
+    rest = sum((log - mean - tilt * (i - middle)) ** 2 for i, log in logs)
     return tilt, math.sqrt(rest / count)
 
 
@@ -113,7 +116,7 @@ def observe(history: Sequence[Progress], context: Context) -> NDArray[np.float32
 
     gradients = sorted(r.gradient for r in history if 0 < r.gradient < math.inf)
     median = gradients[len(gradients) // 2] if gradients else math.nan
-    change = now.decision.multiplier if not now.decision.rollback else 0.5
+    change = now.decision.multiplier if not now.decision.rollback else ROLLBACK_FACTOR
     ruler = reference_rate(context.parameters, context.optimizer, context.adapter)
     decade = math.log(10)
     values = (

@@ -34,6 +34,11 @@ def gather(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([view(tensor) for tensor in tensors])
 
 
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a weight; zeros where it has none."""
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
 class Probe:
     """Collects samples around the last two updates of an interval; `read` gives the figures.
 
@@ -53,7 +58,7 @@ class Probe:
 
     def before(self, parameters: Sequence[nn.Parameter]) -> None:
         """Just before the optimizer steps: gradients as clipped, weights as they are."""
-        self._clipped = gather([p.grad for p in parameters if p.grad is not None])
+        self._clipped = gather([gradient_of(p) for p in parameters])
         self._weights = gather(parameters)
 
     def after(self, parameters: Sequence[nn.Parameter]) -> None:

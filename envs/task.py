@@ -1,8 +1,9 @@
 """Tasks: what is fine-tuned, on which data, for how many steps."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -66,10 +67,30 @@ class Task:
             raise UnknownName("objective", self.objective, get_args(Objective))
         if self.adapter not in get_args(Adapter):
             raise UnknownName("adapter", self.adapter, get_args(Adapter))
-        if self.classes is not None and len(set(self.classes)) < 2:
-            raise BadInput(f"task: classes: {self.classes!r} is one class; name at least two")
-        if self.trainable_layers is not None and self.trainable_layers < 0:
-            raise BadInput(f"task: trainable_layers: {self.trainable_layers} is negative")
+        if self.classes is not None:
+            if isinstance(self.classes, list):  # from a configuration file
+                object.__setattr__(self, "classes", tuple(self.classes))
+            if not isinstance(self.classes, tuple) or {type(c) for c in self.classes} - {str}:
+                raise BadInput(
+                    f"task: classes: {self.classes!r} are not names; give a list of class names"
+                )
+            if len(set(self.classes)) < max(2, len(self.classes)):
+                raise BadInput(
+                    f"task: classes: {self.classes!r} is one class or repeats one; "
+                    "name at least two, each once"
+                )
+        layers = self.trainable_layers
+        if layers is not None:
+            if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
+                raise BadInput(
+                    f"task: trainable_layers: {layers!r} is not a count; "
+                    "give a whole number >= 0, or None for all"
+                )
+            if self.adapter != "full":
+                raise BadInput(
+                    f"task: trainable_layers: {layers!r} has no meaning with an adapter, "
+                    "which freezes every layer; give one of the two"
+                )
 
     @property
     def decisions(self) -> int:
@@ -99,23 +120,27 @@ TASKS: dict[str, Task] = {corpus: Task(dataset=corpus) for corpus in CORPORA} | 
 """Shipped tasks: ``trec6`` is ``trec6/tiny-32``; a name with a model picks another encoder."""
 
 
-def find(name: str | Task, **changes: object) -> Task:
-    """The shipped task of that name (a `Task` is passed through) with some fields changed."""
-    task = name if isinstance(name, Task) else lookup(TASKS, name, "task")
+def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
+    """A task with some fields changed: a shipped one by name, a `Task`, or its fields."""
     known = {field.name for field in fields(Task)}
-    for key in changes:
+    for key in [*changes, *(name if isinstance(name, Mapping) else ())]:
         if key not in known:
             raise UnknownName("task field", key, known)
-    return replace(task, **changes)  # type: ignore[arg-type]
+    if isinstance(name, Mapping):
+        if "dataset" not in name:
+            raise BadInput("task: dataset: missing; name a corpus, a file or a dataset")
+        return Task(**{**name, **changes})
+    task = name if isinstance(name, Task) else lookup(TASKS, name, "task")
+    return replace(task, **changes)
 
 
 def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task:
     """A random relative of a task: class subset, rows, label noise, batch size, horizon.
 
-    classes: all classes of the task's dataset. The number of decisions is kept, so that
-    episodes of one environment have one length.
+    classes: those to choose from; the task's own, if it names some. The number of decisions is
+    kept, so that episodes of one environment have one length.
     """
-    subset = None
+    subset = task.classes
     if len(classes) > 2 and rng.random() < 0.7:
         count = int(rng.integers(2, len(classes) + 1))
         subset = tuple(sorted(rng.choice(classes, count, replace=False).tolist()))

@@ -76,7 +76,7 @@ class Workload:
         encoder = copy.deepcopy(_encoder(task.model))
         width: int = encoder.config.hidden_size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if task.adapter == "lora":
                 encoder = _with_lora(encoder)
             elif task.trainable_layers is not None:
@@ -115,7 +115,9 @@ def load(task: Task) -> Workload:
         moved = place[labels]
         keep = np.flatnonzero(moved >= 0)[: caps[split]]
         if not len(keep):
-            raise BadInput(f"{task.dataset}: {split}: no rows; give data for this split")
+            raise BadInput(
+                f"{task.dataset}: {split}: no rows of {', '.join(wanted)}; give data for this split"
+            )
         moved = moved[keep]
         if split == "train":
             if len(keep) < task.batch:
@@ -164,14 +166,33 @@ def _tokens(
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token_id is None:
         raise BadInput(f"{model}: tokenizer: no pad token; set tokenizer.pad_token and save it")
+    config = _encoder(model).config
+    places = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", length))
+    if length > places:
+        raise BadInput(
+            f"{model}: max_length: {length} is longer than the {places} positions of the model; "
+            "lower it"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise BadInput(
+            f"{model}: tokenizer: {len(tokenizer)} tokens, the model knows {config.vocab_size}; "
+            "save the model with its own tokenizer"
+        )
     result = {}
     for split, rows in _splits(dataset, text, label).items():
         texts = list(rows.texts[:CAP])
+        if not texts:
+            raise BadInput(f"{dataset}: {split}: no rows; give data for this split")
         coded = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="np"
+            texts,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=length,
+            return_tensors="np",
         )
         mask = coded["attention_mask"].astype(np.int64)
-        if texts and not mask.any(1).all():
+        if not mask.any(1).all():
             raise BadInput(f"{dataset}: {text}: a text without any token; drop empty texts")
         result[split] = (coded["input_ids"].astype(np.int64), mask, rows.labels[:CAP])
     return result
@@ -193,7 +214,9 @@ def load_tokenizer(model: str) -> Any:
 def _encoder(model: str) -> Any:
     from transformers import AutoModel
 
-    encoder = _pretrained(AutoModel, model, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):  # weights that the files lack are drawn
+        torch.default_generator.manual_seed(0)
+        encoder = _pretrained(AutoModel, model, dtype=torch.float32)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # not used by mean pooling; its weights would get no gradient
     return encoder

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from permissive_text import corpus, fetch_sources
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
 from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 from tokenizers import BertWordPieceTokenizer
-from tokenizers.processors import BertProcessing
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from envs import catalog
@@ -103,10 +102,11 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A lower-case WordPiece tokenizer of `VOCABULARY` entries, learned from ``texts``."""
     raw = BertWordPieceTokenizer(lowercase=True)
     raw.train_from_iterator(texts, VOCABULARY, limit_alphabet=80, show_progress=False)
-    ends = [(token, raw.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
-    raw._tokenizer.post_processor = BertProcessing(*ends)
-    kinds = ("pad", "unk", "cls", "sep", "mask")
-    marks = {f"{kind}_token": f"[{kind.upper()}]" for kind in kinds}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    # The trainer breaks ties differently in each run; numbered by name, few entries can differ.
+    entries = [*special, *sorted(set(raw.get_vocab()).difference(special))]
+    raw = BertWordPieceTokenizer({entry: i for i, entry in enumerate(entries)}, lowercase=True)
+    marks = {f"{entry[1:-1].lower()}_token": entry for entry in special}
     return PreTrainedTokenizerFast(tokenizer_object=raw._tokenizer, model_max_length=128, **marks)
 
 

@@ -135,3 +135,4 @@ def no_data(patch) -> None:
     patch.setattr("envs.workload.load", lambda task: Loaded)
     patch.setattr("envs.workload.parameters", lambda model: PARAMETERS)
     patch.setattr("baselines.compare.weights_of", lambda model: "1" * 64)
+    patch.setattr("baselines.compare.code_version", lambda name: "2" * 64)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +86,7 @@ def test_again_runs_nothing_and_more_seeds_run_only_those(ledger, tmp_path):
     opener = Opener(str(tmp_path / "log"))
     first = run(ledger, methods=[Keep()], make_job=opener)
     assert len(lines(tmp_path / "log")) == 4
-    assert run(ledger, methods=[Keep()], make_job=opener) == first
+    assert repr(run(ledger, methods=[Keep()], make_job=opener)) == repr(first)
     assert len(lines(tmp_path / "log")) == 4
     more = run(ledger, methods=[Keep()], make_job=opener, seeds=(0, 1, 2))
     assert len(lines(tmp_path / "log")) == 6
@@ -99,7 +98,8 @@ def test_what_decides_an_outcome_decides_the_key(monkeypatch):
         cells = plan([method], [task], [0], runs=runs, decades=decades, make_job=make_job)
         return [cell.key for cell in cells]
 
-    assert keys() == keys()
+    own = keys()
+    assert own == keys()
     others = [
         keys(TrainerDefault()), keys(Fixed(Knobs(1e-3))), keys(Fixed(Knobs(2e-3))),
         keys(SEARCH), keys(replace(SEARCH, decades=1.0)), keys(task=replace(TASK, noise=0.1)),
@@ -111,7 +111,7 @@ def test_what_decides_an_outcome_decides_the_key(monkeypatch):
     no_data(monkeypatch)
     monkeypatch.setattr(module, "weights_of", lambda name: "retrained")
     others.append(keys())
-    assert len({key for found in [keys(), *others] for key in found}) == 1 + len(others)
+    assert len({key for found in [own, *others] for key in found}) == 1 + len(others)
 
 
 def test_a_method_may_describe_itself_and_must_be_describable(tmp_path):
@@ -182,16 +182,18 @@ def test_ctrl_c_keeps_what_is_finished(ledger):
     assert len(run(ledger)) == 8
 
 
-def test_workers_make_the_same_outcomes_survive_a_kill_and_stop_at_ctrl_c(ledger, tmp_path):
-    """One start of two workers for all of it: the start takes seconds."""
+def test_workers_make_the_same_outcomes_and_survive_a_kill(ledger, tmp_path):
     deadly = Opener(str(tmp_path / "log"), deadly=(1,), mercy=str(tmp_path / "mercy"))
     results = run(ledger, workers=2, make_job=deadly)
     (tmp_path / "mercy").touch()
     assert timeless(results) == timeless(run(tmp_path / "other", make_job=deadly))
     assert not multiprocessing.active_children()
-    pids = Counter(line.split()[0] for line in lines(tmp_path / "log"))
-    assert len(pids) == 4, "two workers, one in place of the dead, and this process"
+    pids = {line.split()[0] for line in lines(tmp_path / "log")}
+    assert len(pids) >= 3, "two workers and this process"
 
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_workers(tmp_path):
     def interrupt(done, total, cell):
         raise KeyboardInterrupt
 
@@ -227,7 +229,7 @@ from baselines.schedules import Keep
 if __name__ == "__main__":
     no_data(pytest.MonkeyPatch())
     ledger, log = sys.argv[1:]
-    compare([Keep()], [TASK, OTHER], range(20), ledger, runs=1, workers=2,
+    compare([Keep()], [TASK, OTHER], range(20), ledger, runs=1, workers=1,
             make_job=Opener(log, pause=0.05))
 """
 
@@ -297,7 +299,7 @@ def test_items_of_a_crew_in_this_process():
 
 
 def test_pool_gives_a_study_per_seed(ledger):
-    results = run(ledger, methods=[SEARCH, Search("random", "hyperband", OPTIMUM)])
+    results = run(ledger, methods=[SEARCH, Search("random", "hyperband", OPTIMUM)], runs=8)
     selection, test = pool(results, "tpe", TASK)
     assert [len(s) for s in selection] == [len(t) for t in test]
     assert len(selection) == 2
@@ -338,3 +340,22 @@ def test_bad_input_is_refused_before_anything_is_written(ledger, changes, messag
     with pytest.raises(BadInput, match=message):
         run(ledger, **changes)
     assert not ledger.exists()
+
+
+@pytest.mark.slow
+def test_real_runs_are_the_same_here_and_in_a_worker_bit_for_bit(monkeypatch, tmp_path):
+    import tiny
+
+    monkeypatch.undo()  # real data and a real, tiny model
+    task = tiny.task(
+        tiny.write_data(tmp_path / "data.csv"), tiny.write_model(tmp_path / "m"), dropout=0.1
+    )
+    methods = [Keep(), Search("random", "hyperband")]
+    here, there = (
+        compare(methods, [task], [0, 1], tmp_path / f"{workers}", runs=3, workers=workers)
+        for workers in (0, 1)
+    )
+    assert timeless(here) == timeless(there)
+    first = {r["trials"][0]["curve"][0]["selection"] for r in here}
+    assert len(first) > 1
+    assert all(len(r["cell"]["data"]["model"]) == 64 for r in here)

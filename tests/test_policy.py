@@ -191,6 +191,17 @@ def test_forge_writes_the_same_format():
     assert forge(*unpack(TABLE)) == TABLE
 
 
+def test_what_the_format_holds():
+    """Another field, here or in `Actions`, makes older files unreadable: it needs a new FORMAT."""
+    manifest = unpack()[0]
+    assert artifact.FORMAT == manifest["format"] == 1
+    assert " ".join(sorted(manifest)) == (
+        "actions algorithm decisions features format golden network observation "
+        "payload_sha256 provenance start_decades"
+    )
+    assert " ".join(sorted(manifest["actions"])) == "multipliers optimizers rollback span view"
+
+
 def test_same_policy_same_bytes_in_any_order():
     fields = plain()
     turned = {key: dict(reversed(fields[key].items())) for key in ("provenance", "arrays")}
@@ -202,6 +213,8 @@ def test_scores_are_the_networks(name, activation):
     policy = example(name)
     observation = np.random.default_rng(1).uniform(-5, 5, SIZE).astype(np.float32)
     values = np.clip((observation.astype(float) - 0.25) / 0.5, -10, 10)
+    np.testing.assert_allclose(policy.normalised(observation), values, rtol=1e-6)
+    np.testing.assert_array_equal(policy.normalised(np.full(SIZE, -1e30)), np.full(SIZE, -10.0))
     for i in range(3):
         values = policy.arrays[f"layer{i}.weight"] @ values + policy.arrays[f"layer{i}.bias"]
         values = activation(values) if i < 2 else values
@@ -369,8 +382,8 @@ def test_one_bit_flipped(data):
 
 
 @pytest.mark.slow
-def test_every_bit_flipped():
-    for place in range(8 * len(GOOD)):
+def test_every_seventh_bit_flipped():
+    for place in range(0, 8 * len(GOOD), 7):
         refused(flip(GOOD, place), "")
 
 
@@ -742,7 +755,7 @@ def test_header_written_another_way(rewrite, reseal):
     else:
         data = pack(rewrite(GOOD[8 : -len(body)].decode().rstrip()), body)
     assert data != GOOD
-    refused(data, "payload_sha256" if reseal else "header: is not written the one way")
+    refused(data, "payload_sha256")
 
 
 @pytest.mark.parametrize(
@@ -886,9 +899,15 @@ def test_make_leaves_the_callers_arrays_alone():
 
 
 def test_save_never_writes_what_would_not_load(tmp_path):
-    for arrays in ({}, {key: value * np.nan for key, value in example().arrays.items()}):
+    policy = example()
+    for changes in (
+        {"arrays": {}},
+        {"arrays": {key: value * np.nan for key, value in policy.arrays.items()}},
+        {"arrays": {key: value * 2 for key, value in policy.arrays.items()}},
+        {"manifest": policy.manifest.model_copy(update={"decisions": 12})},
+    ):
         with pytest.raises(BadArtifact, match=re.escape(str(tmp_path / "policy: "))):
-            save(replace(example(), arrays=arrays), tmp_path / "policy")
+            save(replace(policy, **changes), tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,11 +48,13 @@ def test_no_runs_is_an_error_in_words():
 def test_bootstrap_covers_the_mean_of_a_normal():
     rng = np.random.default_rng(0)
     covered = 0
-    for repeat in range(200):
+    for repeat in range(100):
         sample = [rng.normal(loc=job, size=15) for job in range(2)]
-        interval = stats.bootstrap(lambda jobs: np.mean(jobs), sample, n=200, seed=repeat)
+        interval = stats.bootstrap(
+            lambda jobs: (jobs[0].mean() + jobs[1].mean()) / 2, sample, n=200, seed=repeat
+        )
         covered += interval.low <= 0.5 <= interval.high
-    assert 0.89 <= covered / 200 <= 0.99
+    assert 0.89 <= covered / 100 <= 0.99
 
 
 def test_bootstrap_width_follows_the_standard_error():
@@ -199,12 +201,12 @@ def test_the_interval_of_trials_to_match_covers_the_truth():
     """Uniform scores: the best of N is worth N / (N + 1) in expectation, whatever the pool."""
     rng = np.random.default_rng(5)
     covered = 0
-    for repeat in range(60):
+    for repeat in range(40):
         pool = rng.random(64)
         steered = 8 / 9 - 1e-9 + rng.normal(scale=0.02, size=5)
-        result = stats.trials_to_match(steered, pool, pool, resamples=150, seed=repeat)
+        result = stats.trials_to_match(steered, pool, pool, resamples=100, seed=repeat)
         covered += result.interval.low <= 8 <= result.interval.high
-    assert covered >= 50
+    assert covered >= 33
 
 
 def test_studies_are_averaged_and_not_pooled():

@@ -123,7 +123,7 @@ def read(path: str) -> bytes:
 
 
 def decode(data: bytes) -> tuple[Manifest, dict[str, Array]]:
-    """The file's manifest and arrays; `BadArtifact` unless `encode` gives the same bytes back."""
+    """The file's manifest and arrays; `BadArtifact` unless they give the same bytes back."""
     length, most = int.from_bytes(data[:8], "little"), min(MAX_HEADER, len(data) - 8)
     if most < 0:
         refuse("file", f"{len(data)} bytes are no policy")
@@ -136,22 +136,19 @@ def decode(data: bytes) -> tuple[Manifest, dict[str, Array]]:
     if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
         refuse("header", f"has no manifest under __metadata__.{KEY}", RETRAIN)
     manifest = parse(metadata[KEY].encode(errors="surrogatepass"))
-    wanted, arrays = layout(manifest), {}
+    wanted, size, arrays = layout(manifest), 4 * parameters(manifest), {}
     for name in sorted(header.keys() | wanted.keys()):
-        found, belongs = (_dumps(each.get(name))[:150] for each in (header, wanted))
-        if header.get(name) != wanted.get(name):
-            refuse(f"tensors.{name}", f"{found} where {belongs} belongs")
-    if len(body) != (size := 4 * _count(wanted)):
+        if (found := header.get(name)) != (belongs := wanted.get(name)):
+            refuse(f"tensors.{name}", f"{_dumps(found)[:150]} where {_dumps(belongs)} belongs")
+    if len(body) != size:
         refuse("data", f"{len(body)} bytes where {size} belong")
     for name, entry in wanted.items():
         start, end = entry["data_offsets"]
         array = np.frombuffer(body[start:end], "<f4").astype(np.float32).reshape(entry["shape"])
         array.setflags(write=False)
         arrays[name] = array
-    if manifest.payload_sha256 != seal(manifest, arrays).payload_sha256:
+    if encode(seal(manifest, arrays), arrays) != data:
         refuse("payload_sha256", "does not match the content: the file was damaged or changed")
-    if encode(manifest, arrays) != data:
-        refuse("header", "is not written the one way this format is written")
     return manifest, arrays
 
 
@@ -183,6 +180,11 @@ def layout(manifest: Manifest) -> dict[str, dict[str, Any]]:
         start, end = end, end + 4 * math.prod(shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     return entries
+
+
+def parameters(manifest: Manifest) -> int:
+    """How many numbers the manifest calls for."""
+    return sum(math.prod(entry["shape"]) for entry in layout(manifest).values())
 
 
 def check_arrays(manifest: Manifest, arrays: Mapping[str, Array]) -> None:
@@ -237,7 +239,7 @@ def parse(text: bytes) -> Manifest:
             refuse("network.bins", f"{names} are not different known features", RETRAIN)
         if any(low >= high for each in network.bins for low, high in pairwise(each.edges)):
             refuse("network.bins", "edges do not ascend", RETRAIN)
-    if (count := _count(layout(manifest))) > MAX_PARAMETERS:
+    if (count := parameters(manifest)) > MAX_PARAMETERS:
         refuse("network", f"{count} parameters are more than {MAX_PARAMETERS}", "make it smaller")
     if len(_dumps(manifest.provenance)) > MAX_PROVENANCE:
         refuse("provenance", f"is over {MAX_PROVENANCE} characters of JSON", "say less")
@@ -265,10 +267,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text[:20]} is no number")
     return number
-
-
-def _count(entries: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(math.prod(entry["shape"]) for entry in entries.values())
 
 
 def _dumps(value: object, sort_keys: bool = False) -> str:

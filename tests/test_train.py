@@ -1,0 +1,195 @@
+"""Training a tuner: all four agents, exact resume, and what the artifact says of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from envs.errors import BadInput
+from envs.knobs import Actions
+from envs.observe import FEATURES
+from tuner import policy
+from tuner.agent import Normaliser
+from tuner.recorder import Recorder
+from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
+from tuner.train import MUTE, TrainConfig, train
+
+AGENTS = ("ppo", "dqn", "q-learning", "sarsa")
+
+
+@pytest.fixture
+def config(tiny_task):
+    fields = {k: v for k, v in asdict(tiny_task()).items() if k not in ("steps", "interval")}
+
+    def make(**changes):
+        base = {
+            "tasks": ({**fields, "dataset": str(fields["dataset"])},),
+            "iterations": 4,
+            "episodes": 1,
+            "envs": 2,
+            "processes": False,
+            "steps": 8,
+            "interval": 2,
+        }
+        return TrainConfig(**(base | changes))
+
+    return make
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(count):
+    def on_iteration(number, row):
+        if number == count:
+            raise Stopped
+
+    return on_iteration
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_a_killed_training_resumes_to_the_same_artifact(config, tmp_path, agent):
+    whole = train(config(agent=agent), tmp_path / "whole")
+    for _ in range(2):  # cut off twice, and a third call finishes it
+        with pytest.raises(Stopped):
+            train(config(agent=agent), tmp_path / "cut", stop_after(_ + 2))
+    resumed = train(config(agent=agent), tmp_path / "cut")
+    for name, array in whole.arrays.items():
+        assert np.array_equal(array, resumed.arrays[name]), name
+    assert whole.manifest.features == resumed.manifest.features
+    lines = (tmp_path / "cut" / "train.jsonl").read_text().splitlines()
+    assert [f'{{"iteration": {i},' in line for i, line in enumerate(lines)] == [True] * 4
+    assert policy.load(tmp_path / "cut" / "policy.safetensors").sha256 == resumed.sha256
+
+
+def test_the_seed_matters_and_processes_do_not(config, tmp_path):
+    here = train(config(iterations=2), tmp_path / "here")
+    there = train(config(iterations=2, processes=True), tmp_path / "there")
+    other = train(config(iterations=2, seed=1), tmp_path / "other")
+    assert all(np.array_equal(here.arrays[n], there.arrays[n]) for n in here.arrays)
+    assert not np.array_equal(here.arrays["layer0.weight"], other.arrays["layer0.weight"])
+
+
+def test_another_configuration_is_refused_and_more_of_the_same_is_not(config, tmp_path):
+    train(config(agent="sarsa", iterations=1), tmp_path)
+    with pytest.raises(BadInput, match="another configuration"):
+        train(config(agent="q-learning", iterations=1), tmp_path)
+    train(config(agent="sarsa", iterations=2), tmp_path)
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_damaged_checkpoint_is_refused(config, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 not one")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        train(config(), tmp_path)
+
+
+def test_features_that_did_not_vary_are_mute(config, tmp_path):
+    trained = train(config(iterations=1), tmp_path)
+    features = {f.name: f for f in trained.manifest.features}
+    assert features["parameters"].deviation == MUTE
+    assert (features["parameters"].low, features["parameters"].high) == (-5.0, 5.0)
+    assert features["progress"].deviation < 1
+    seen = np.array([f.mean for f in trained.manifest.features], dtype=np.float32)
+    larger = seen.copy()
+    larger[[f.name for f in trained.manifest.features].index("parameters")] = 3.0
+    assert np.allclose(trained.scores(seen), trained.scores(larger), atol=1e-4)
+    assert trained.outside(larger) == []
+
+
+def test_provenance_tells_where_it_came_from(config, tmp_path):
+    provenance = train(config(iterations=2), tmp_path).manifest.provenance
+    assert provenance["config"]["iterations"] == 2
+    assert provenance["decisions"] == 2 * 2 * 4
+    assert set(provenance["versions"]) == {"torch", "transformers", "gymnasium"}
+
+
+def test_continuous_actions_are_for_ppo(config, tmp_path):
+    trained = train(config(view="continuous", iterations=1), tmp_path)
+    assert trained.act(np.zeros(30, dtype=np.float32)).shape == (2,)
+    with pytest.raises(BadInput, match="acts discretely"):
+        config(view="continuous", agent="dqn").actions()
+
+
+class Signpost(gymnasium.Env):
+    """One feature tells which of the actions pays; five decisions. Any agent must solve it."""
+
+    observation_space = gymnasium.spaces.Box(-5, 5, (30,), np.float32)
+    action_space = Actions().space()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 5
+        return self._see(), {}
+
+    def step(self, action):
+        reward = float(int(action) == (1 if self.sign < 0 else 6))
+        self.left -= 1
+        return self._see(), reward, self.left == 0, False, {}
+
+    def _see(self):
+        self.sign = float(self.np_random.choice([-1.0, 1.0]))
+        seen = np.zeros(30, dtype=np.float32)
+        seen[3] = self.sign
+        return seen
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dqn"])
+def test_network_agents_solve_a_signpost(kind):
+    torch.set_num_threads(1)
+    envs = Recorder(SyncVectorEnv([Signpost] * 8, autoreset_mode=AutoresetMode.SAME_STEP))
+    normaliser = Normaliser(np.zeros(30, np.float32), np.ones(30, np.float32))
+    if kind == "ppo":
+        agent = PPOAgent(envs, 5, normaliser, PPOConfig())
+    else:
+        agent = DQNAgent(envs, 5, normaliser, DQNConfig(target_interval=100))
+    for i in range(40 if kind == "ppo" else 25):
+        agent.learn(envs, seed=i, share=i / 25)
+    network, arrays = agent.network()
+    trained = policy.make(
+        arrays=arrays, algorithm=kind, network=network, actions=Actions(), decisions=5,
+        start_decades=1.5, provenance={},
+        features=[{"name": f.name, "unit": f.unit, "mean": 0.0, "deviation": 1.0, "low": -1.0,
+                   "high": 1.0} for f in FEATURES],
+    )  # fmt: skip
+    seen = np.zeros(30, dtype=np.float32)
+    for sign, best in ((-1.0, 1), (1.0, 6)):
+        seen[3] = sign
+        assert trained.act(seen) == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", AGENTS)
+def test_fifty_kills_leave_the_same_artifact(config, tmp_path, agent):
+    """kill -9 at random moments; each time the next process goes on."""
+    settings = config(agent=agent, iterations=60)
+    whole = train(settings, tmp_path / "whole")
+    code = textwrap.dedent(f"""
+        import torch; torch.set_num_threads(1)
+        from pathlib import Path
+        from tuner.train import TrainConfig, train
+        config = TrainConfig.model_validate_json({settings.model_dump_json()!r})
+        train(config, Path({str(tmp_path / "killed")!r}))
+    """)
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", code])
+        if kills < 50:
+            time.sleep(6 + 4 * rng.random())
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        if process.wait() == 0:
+            break
+    resumed = policy.load(tmp_path / "killed" / "policy.safetensors")
+    assert all(np.array_equal(whole.arrays[n], resumed.arrays[n]) for n in whole.arrays)
+    assert not [name for name in os.listdir(tmp_path / "killed") if name.endswith(".tmp")]

@@ -1,0 +1,193 @@
+"""The tuner as a contestant, and the comparison that the command line runs."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from baselines import report
+from baselines.compare import compare, outcomes
+from baselines.ledger import Ledger
+from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
+from baselines.schedules import STATIC, Fixed, best_fixed, grid
+from baselines.search import Search
+from envs.errors import BadInput, UnknownName
+from envs.job import report_start, with_validation
+from envs.knobs import RATE_CEILING, RATE_FLOOR, Knobs
+from tuner.guard import limits_of
+from tuner.policy import Policy
+from tuner.settings import CompareConfig
+from tuner.steer import Helm
+
+SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
+KNOWN = (*STATIC, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS))
+
+
+@dataclass(frozen=True)
+class PolicyMethod:
+    """Runs steered by a policy, from the user's starting rate: one, or as many as the budget has.
+
+    The second run starts at the rate that the best run ended with, and each further one within
+    0.3 decades of it.
+    """
+
+    policy: Policy
+    name: str = "steersman"
+    runs: float = 1
+    mode: str = "explore"
+    steered: ClassVar[bool] = True
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from another: the artifact, not where it lies."""
+        return {"policy": self.policy.sha256, "runs": self.runs, "mode": self.mode}
+
+    def run(self, arena: Arena) -> None:
+        """Steer; every validation pass that feeds an observation is charged."""
+        rng = np.random.default_rng([arena.seed, 1])
+        start, best = arena.start_rate, -math.inf
+        for number in range(math.ceil(self.runs)):
+            trial, ended = steer(arena, self.policy, start, self.mode)
+            if trial.selection > best:
+                best, anchor = trial.selection, ended
+            start = anchor * 10 ** (rng.uniform(-0.3, 0.3) if number else 0.0)
+            start = min(max(start, RATE_FLOOR), RATE_CEILING)
+
+
+def steer(arena: Arena, policy: Policy, start: float, mode: str) -> tuple[Trial, float]:
+    """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
+    knobs = Knobs(rate=start)
+    job = arena.open(knobs)
+    best, curve, state = Best(), list[Point](), "complete"
+    ended = start
+    helm = Helm(policy, replace(limits_of(mode), switch=True), start)
+    try:
+        first = job.evaluate("validation").loss
+        history, lowest, snapshot = [report_start(job, first)], first, job.snapshot()
+        while job.step < job.task.steps:
+            ruling = helm.decide(history, job.context, job.knobs)
+            before = job.knobs
+            if ruling.decision.rollback:
+                job.restore(snapshot)
+            job.apply(ruling.turn(before, job.context))
+            progress = job.advance(min(job.task.interval, job.task.steps - job.step))
+            loss = job.evaluate("validation").loss
+            history.append(with_validation(progress, history[-1], loss, ruling.decision))
+            if math.isfinite(loss) and loss < lowest:
+                lowest, snapshot = loss, job.snapshot()
+            score = job.evaluate("selection")
+            if (score.metric, -score.loss) > (best.score.metric, -best.score.loss):
+                ended = job.knobs.rate
+            best.offer(score, job)
+            words = _words(ruling.decision.rollback, job.knobs.rate / before.rate)
+            curve.append(
+                point(
+                    progress, job.knobs, score, validation_loss=loss, decision=words,
+                    guard=ruling.guard,
+                )
+            )  # fmt: skip
+        if not all(map(math.isfinite, (*history[-1].losses, history[-1].validation))):
+            state = "diverged"
+    except BudgetSpent:
+        arena.hand_in(job, best, curve, "pruned", knobs)
+        raise
+    return arena.hand_in(job, best, curve, state, knobs), ended
+
+
+def make_method(name: str) -> Method:
+    """A contestant by its name on the command line; ``fixed`` has to be found first."""
+    if name in STATIC:
+        return STATIC[name]()
+    sampler, _, pruner = name.partition("+")
+    if name not in KNOWN or name == "fixed":
+        raise UnknownName("method", name, KNOWN)
+    return Search(sampler, pruner or None)  # type: ignore[arg-type]
+
+
+def run_comparison(
+    config: CompareConfig, policies: list[Policy], out: Path, tick: Callable[[int, int, str], None]
+) -> list[dict[str, Any]]:
+    """Run what the ledger of a run folder lacks. Policies enter as methods among others."""
+    for name in config.methods:
+        if name != "fixed":
+            make_method(name)
+    jobs = config.jobs(config.tasks)
+    once = [make_method(name) for name in config.methods if name in STATIC]
+    searches = [make_method(name) for name in config.methods if name not in (*STATIC, "fixed")]
+    names = ["steersman"] if len(policies) == 1 else [p.manifest.algorithm for p in policies]
+    if len(set(names)) < len(names):
+        names = [f"{p.manifest.algorithm} {p.sha256[:6]}" for p in policies]
+    for name, policy in zip(names, policies, strict=True):
+        once.append(PolicyMethod(policy, name))
+        if config.best_of:
+            searches.append(PolicyMethod(policy, f"{name} best of {config.best_of}", config.best_of))
+    if "fixed" in config.methods:
+        once.append(find_fixed(config, out, tick))
+    if not once and not searches:
+        raise BadInput("compare: methods: none given; name one or give a policy")
+    found = []
+    for methods, seeds in ((once, config.seeds), (searches, config.search_seeds)):
+        if methods:
+            found += compare(
+                methods,
+                jobs,
+                range(config.seed, config.seed + seeds),
+                out / "ledger.sqlite",
+                runs=config.runs,
+                decades=config.decades,
+                workers=config.workers,
+                on_cell=lambda done, total, cell: tick(done, total, _cell_words(cell)),
+            )
+    return found
+
+
+def find_fixed(
+    config: CompareConfig, out: Path, tick: Callable[[int, int, str], None]
+) -> Fixed:
+    """The best fixed setting on the tuner's own training tasks, through a ledger of its own."""
+    candidates = grid()
+    found = compare(
+        candidates,
+        config.jobs(config.training),
+        [config.seed],
+        out / "fixed.sqlite",
+        runs=1,
+        workers=config.workers,
+        on_cell=lambda done, total, cell: tick(done, total, "best fixed setting"),
+    )
+    return best_fixed(candidates, found)
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Write a run folder's report from its raw outcomes alone -> the summary."""
+    path = folder / "ledger.sqlite"
+    if not path.is_file():
+        raise BadInput(f"{folder}: no comparison here; run `steersman compare --out {folder}`")
+    training = _lines(folder / "train.jsonl")
+    steered = [
+        json.loads(file.read_text()) | {"decisions": _lines(file.parent / "audit.jsonl"),
+                                        "curve": _lines(file.parent / "curve.jsonl")}
+        for file in sorted(folder.glob("steered/*/summary.json"))
+    ]  # fmt: skip
+    config = folder / "config.json"
+    facts = json.loads(config.read_text()) if config.is_file() else {}
+    return report.write(
+        folder, outcomes(Ledger(path)), steered=steered, training=training, facts=facts
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _words(rollback: bool, factor: float) -> str:
+    if rollback:
+        return "rollback"
+    return "keep" if abs(factor - 1) < 1e-9 else f"x{factor:.2g}"
+
+
+def _cell_words(cell: dict[str, Any]) -> str:
+    return f"{cell['method']['name']} on {cell['task']['dataset']}, seed {cell['seed']}"

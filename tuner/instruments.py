@@ -1,0 +1,265 @@
+"""Instruments: what is read from a Trainer's model and set on its schedule, without a trace."""
+
+import functools
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from envs import probe
+from envs.errors import BadInput
+from envs.files import write_atomic
+from envs.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class Rates:
+    """The user's schedule, and the scale on it."""
+
+    def __init__(self, scheduler: Any, base: list[float] | None = None) -> None:
+        """base: the user's peak rates, where the scheduler's are no longer these."""
+        kind = type(scheduler)
+        if not isinstance(scheduler, LambdaLR) or kind.get_lr is not LambdaLR.get_lr:
+            raise BadInput(
+                f"trainer: lr_scheduler_type: {kind.__name__} cannot be scaled; use linear, "
+                "cosine, constant or another of transformers' fixed schedules"
+            )
+        self._scheduler = scheduler
+        self.base = base or [float(rate) for rate in scheduler.base_lrs]
+        self._at = max(range(len(self.base)), key=self.base.__getitem__)
+        self.start = self.base[self._at]
+
+    @property
+    def factor(self) -> float:
+        """The schedule's shape at the next update."""
+        return float(self._scheduler.lr_lambdas[self._at](self._scheduler.last_epoch))
+
+    @property
+    def warming(self) -> bool:
+        """Whether the schedule is still rising."""
+        shape, at = self._scheduler.lr_lambdas[self._at], self._scheduler.last_epoch
+        return bool(shape(at + 1) > shape(at))
+
+    def put(self, rate: float) -> None:
+        """Scale all groups so that the largest peak is ``rate``; used and logged from now on."""
+        scheduler, scale = self._scheduler, rate / self.start
+        scheduler.base_lrs = [
+            rate if base == self.start else base * scale if scale != 1 else base
+            for base in self.base
+        ]
+        rates = [
+            base * shape(scheduler.last_epoch)
+            for base, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, value in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+        scheduler._last_lr = rates
+
+
+class Eyes:
+    """Hooks on the model: the loss of each update, and gradients before they are clipped."""
+
+    def __init__(self, model: nn.Module, accumulation: int) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
+        self.sampled = probe.sampled(self.parameters)
+        self.device = self.parameters[0].device
+        self.losses: list[Any] = []  # one an update; tensors until they are fetched
+        self.blind = False  # the model's output has no loss
+        self.error: Exception | None = None
+        self.watching = False
+        self.last_gradient: Tensor | None = None
+        self._parts: list[Tensor] = []
+        self._scaled: bool | None = None if accumulation > 1 else False
+        self._gradients: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+        self._forward = model.register_forward_hook(self._on_forward, with_kwargs=True)
+
+    def _on_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return
+        try:
+            loss = _loss(output)
+            if loss is None:
+                self.blind = True
+                return
+            if self._scaled is None:
+                self._scaled = _is_share(module, args, kwargs)
+            self._parts.append(loss.detach().clone())
+        except Exception as error:
+            self.error = error
+
+    def end_update(self) -> None:
+        """The micro-batches of an update become its loss; nothing is read from the device."""
+        if self._parts:
+            total = functools.reduce(torch.add, self._parts)
+            self.losses.append(total if self._scaled else total / len(self._parts))
+            self._parts = []
+
+    def fetch(self) -> list[float]:
+        """The losses so far as numbers; one transfer from the device."""
+        tensors = [loss for loss in self.losses if isinstance(loss, Tensor)]
+        if tensors:
+            numbers = [loss for loss in self.losses if not isinstance(loss, Tensor)]
+            self.losses = [*numbers, *torch.stack(tensors).tolist()]
+        return list(self.losses)
+
+    def watch_gradients(self) -> None:
+        """Keep a sample of the gradients of each update from now on."""
+        if not self.watching:
+            self.watching = True
+            self._handles = [
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    functools.partial(self._on_gradient, index)
+                )
+                for index, parameter in enumerate(self.sampled)
+            ]
+
+    def _on_gradient(self, index: int, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._gradients[index] = probe.view(parameter.grad).clone()
+
+    def gradient(self, optimizer: Any) -> Tensor:
+        """The sample of the update's gradients as they were before clipping."""
+        parts = [
+            self._gradients[i] if i in self._gradients else torch.zeros_like(probe.view(parameter))
+            for i, parameter in enumerate(self.sampled)
+        ]
+        self._gradients = {}
+        scaler = getattr(optimizer, "scaler", None)
+        self.last_gradient = torch.cat(parts)
+        if scaler is not None:
+            self.last_gradient = self.last_gradient / scaler.get_scale()
+        return self.last_gradient
+
+    def rest(self) -> None:
+        """No more gradients for now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.watching, self._gradients = [], False, {}
+
+    def close(self) -> None:
+        """Take all hooks off the model."""
+        self.rest()
+        self._forward.remove()
+
+
+class Slice:
+    """The first rows of a dataset, evaluated without a trace: no random number is used up."""
+
+    def __init__(self, dataset: Any, rows: int, batch: int) -> None:
+        self._dataset, self._rows, self._size = dataset, rows, batch
+        self._batches: list[tuple[int, Mapping[str, Any]]] = []
+
+    def loss(self, model: nn.Module, optimizer: Any, loader: Any) -> float | None:
+        """Mean loss over the rows; None if the model's output has none."""
+        device = next(model.parameters()).device
+        with _aside(model), torch.no_grad():
+            if not self._batches:
+                self._batches = list(self._collated(loader))
+            for switch in ("eval", "train"):
+                getattr(optimizer, switch, lambda: None)()
+                if switch == "eval":
+                    losses = [self._one(model, batch, device) for _, batch in self._batches]
+        if any(loss is None for loss in losses):
+            return None
+        counts = [count for count, _ in self._batches]
+        total = torch.zeros((), device=device)
+        for count, loss in zip(counts, losses, strict=True):
+            assert loss is not None
+            total += loss * count
+        return total.item() / sum(counts)
+
+    def _one(self, model: nn.Module, batch: Mapping[str, Any], device: Any) -> Tensor | None:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return _loss(model(**moved))
+
+    def _collated(self, loader: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        names = getattr(getattr(loader, "dataset", None), "column_names", None)
+        count = min(self._rows, len(self._dataset))
+        if not count:
+            raise BadInput("callback: eval_dataset: no rows; give some, or leave it out")
+        for start in range(0, count, self._size):
+            rows = [self._dataset[i] for i in range(start, min(start + self._size, count))]
+            if names:
+                rows = [{k: row[k] for k in row if k in names} for row in rows]
+            yield len(rows), loader.collate_fn(rows)
+
+
+@contextmanager
+def _aside(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards modes and random states are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _loss(output: Any) -> Tensor | None:
+    found = output.get("loss") if isinstance(output, Mapping) else None
+    if isinstance(output, tuple | list) and output:
+        found = output[0]
+    return found if isinstance(found, Tensor) and found.ndim == 0 else None
+
+
+def _is_share(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the model divides its loss by ``num_items_in_batch``: ask it, without a trace."""
+    items = kwargs.get("num_items_in_batch")
+    if items is None:
+        return False
+    with _aside(module), torch.no_grad():
+        one, two = (
+            _loss(module.forward(*args, **{**kwargs, "num_items_in_batch": items * times}))
+            for times in (1, 2)
+        )
+    return one is not None and two is not None and bool(two < 0.75 * one)
+
+
+def write_weights(path: Path, step: int, sample: Tensor | None, weights: Snapshot) -> None:
+    """Keep a snapshot, and the gradient sample of an interval that is nearly full."""
+    tensors = {f"weight{i}": weight for i, weight in enumerate(weights)}
+    if sample is not None:
+        tensors["gradient"] = sample
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(tensors, {"step": str(step)}))
+
+
+def read_weights(path: Path, step: int, eyes: Eyes) -> tuple[Tensor | None, Snapshot | None]:
+    """The gradient sample and the weights of `write_weights`; None where they are not there."""
+    if not path.is_file():
+        return None, None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("step") != str(step):
+                return None, None
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).to(eyes.device) for name in names}
+    except (OSError, safetensors.SafetensorError) as error:
+        logger.warning("%s: cannot be read: %s", path, error)
+        return None, None
+    weights = [tensors.get(f"weight{i}") for i in range(len(eyes.parameters))]
+    shapes = [None if weight is None else weight.shape for weight in weights]
+    fit = shapes == [parameter.shape for parameter in eyes.parameters]
+    return tensors.get("gradient"), [w for w in weights if w is not None] if fit else None

@@ -1,0 +1,147 @@
+"""One steered run: observe, ask the policy, mind the guard, record."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from envs.errors import BadInput
+from envs.knobs import KEEP, Knobs, decode
+from envs.observe import observe
+from envs.progress import Context, Progress
+from tuner.audit import Audit, Pilot, applied, normalised, proposal, reason
+from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
+
+logger = logging.getLogger(__name__)
+
+
+class Helm:
+    """A policy steering one run. It knows neither the training loop nor the model.
+
+    Before each interval: ``ruling = helm.decide(history, context, knobs)``; then put the best
+    weights back if ``ruling.decision.rollback``, and the knobs of ``ruling.turn(knobs, context)``
+    in force; the interval's report carries ``ruling.decision``. Once ``ruling.off``, nothing
+    changes any more. It never raises: a failure switches it off and leaves the user's schedule.
+    """
+
+    def __init__(
+        self,
+        policy: Pilot,
+        limits: Limits,
+        start_rate: float,
+        *,
+        advise: bool = False,
+        log: str | Path | None = None,
+    ) -> None:
+        """start_rate: the user's peak rate. advise: record what would be done, and do nothing."""
+        self.policy, self.limits, self.start_rate, self.advise = policy, limits, start_rate, advise
+        self.guard = GuardState()
+        self.audit = Audit(Path(log)) if log is not None else None
+
+    @property
+    def off(self) -> str:
+        """Why the tuner is off for good; empty while it is on."""
+        return self.guard.off
+
+    def start(self) -> None:
+        """Begin a new run: nothing remembered, a new log."""
+        self.guard = GuardState()
+        if self.audit is not None:
+            self.audit.start()
+
+    def decide(
+        self,
+        history: Sequence[Progress],
+        context: Context,
+        knobs: Knobs,
+        *,
+        warming: bool = False,
+    ) -> Ruling:
+        """What to do at the latest report of ``history``; recorded before it is returned."""
+        try:
+            return self._decide(history, context, knobs, warming)
+        except Exception as error:
+            return self.fail(error, history[-1].step if history else 0)
+
+    def fail(self, error: Exception, step: int) -> Ruling:
+        """Warn once, and leave the user's schedule for good."""
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not self.off:
+            logger.warning("the tuner failed and is off; your schedule rules: %s", text)
+        reason = f"failed: {text}"
+        self.guard, ruling = switch_off(self.guard, self.start_rate, reason)
+        applied = {
+            "multiplier": 1.0, "rate": self.start_rate, "rollback": False, "optimizer": None
+        }  # fmt: skip
+        try:
+            if self.audit is not None:
+                self.audit.append(
+                    {"step": step, "observation": [], "normalised": [], "proposed": None,
+                     "applied": applied, "guard": ruling.guard, "reason": "",
+                     "sha256": self.policy.sha256}
+                )  # fmt: skip
+        except Exception:
+            logger.warning("the audit log cannot be written: %s", self.audit and self.audit.path)
+        return ruling
+
+    def _decide(
+        self, history: Sequence[Progress], context: Context, knobs: Knobs, warming: bool
+    ) -> Ruling:
+        start, actions = self.start_rate, self.policy.manifest.actions
+        if self.off:
+            return rule(self.guard, KEEP, self.limits, rate=knobs.rate, start=start)[1]
+        observation = observe(history, context)
+        action = self.policy.act(observation)
+        evidence: dict[str, Any] = {
+            "rate": knobs.rate,
+            "start": start,
+            "trouble": alarm(history, self.limits, knobs.rate / start),
+            "strange": self.policy.outside(observation),
+            "warming": warming,
+        }
+        after, ruling = rule(self.guard, decode(action, actions), self.limits, **evidence)
+        would = ruling.turn(knobs, context)
+        if self.advise:
+            advice = f"advice only: x{would.rate / start:.4g} of the schedule"
+            advice += ", rolled back" if ruling.decision.rollback else ""
+            ruling = Ruling(KEEP, knobs.rate, knobs.rate, advice)
+            after, would = self.guard, knobs
+        if self.audit is not None:
+            evidence["mode"] = "advise" if self.advise else self.limits.mode
+            self.audit.append(
+                {
+                    "step": history[-1].step,
+                    "observation": observation.tolist(),
+                    "normalised": normalised(self.policy, observation),
+                    "proposed": proposal(action, actions),
+                    "applied": applied(ruling.decision, would, start),
+                    "guard": ruling.guard,
+                    "reason": reason(self.policy, observation, actions),
+                    "sha256": self.policy.sha256,
+                    "evidence": evidence,
+                }
+            )
+        if after.off:
+            logger.warning("the tuner is off; your schedule rules: %s", after.off)
+        self.guard = after
+        return ruling
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as JSON."""
+        return {
+            "guard": asdict(self.guard),
+            "sha256": self.policy.sha256,
+            "lines": self.audit.lines if self.audit else 0,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; log lines written after it are cut off."""
+        if state["sha256"] != self.policy.sha256:
+            raise BadInput(
+                f"policy: sha256: is {self.policy.sha256[:12]!r}, and the checkpoint was steered "
+                f"by {state['sha256'][:12]!r}; give the policy that the run began with"
+            )
+        self.guard = GuardState(**state["guard"])
+        if self.audit is not None:
+            self.audit.cut(state["lines"])
