@@ -85,7 +85,7 @@ def summarise(
         "seconds": sum(float(o["seconds"]) for runs in table.values() for o in runs.values()),
     }
     summary["cost"] = _cost(summary, training)
-    return summary | {"verdict": verdict(summary)}
+    return summary | {"verdict": verdict(summary), "table": _table(summary)}
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -138,6 +138,20 @@ def trials(number: Mapping[str, float]) -> str:
     """A number of trials with its interval, censored at ``n_max``: ``12 (8 to > 40)``."""
     interval = stats.Interval(*(number[key] for key in ("low", "point", "high")))
     return str(stats.TrialsToMatch(interval, int(number["n_max"]), np.empty(0)))
+
+
+def _table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Method, runs, test accuracy, chance that steered is better, trials to match, diverged."""
+    table = []
+    for row in summary["methods"]:
+        match = summary["match"].get(row["name"])
+        table.append([
+            row["name"], f"{row['runs']:.3g}", spread(row["test"]),
+            spread(row["chance"]) if row["chance"] else "",
+            trials(match["median"]) if match and match["median"]["n_max"] else "",
+            f"{row['diverged']} of {row['trials']}",
+        ])  # fmt: skip
+    return table
 
 
 def _cell(outcome: Outcome) -> Cell:
@@ -334,7 +348,7 @@ def traces(
     """What was done in steered runs, one per task (the seed of median score), then Trainer runs.
 
     Each: name, note, steps, rate, loss; decisions as (step, label, guard); the reference's loss.
-    ``steered``: ``{"name", "summary", "curve", "audit"}`` each, as the run folder has them.
+    ``steered``: each a ``summary.json`` with its ``curve`` and its ``decisions``, the audit log.
     """
     runs = list(outcomes)
     found = []
@@ -363,12 +377,12 @@ def traces(
         measured = [p for p in curve if p.get("validation_loss") is not None]
         key = "validation_loss" if measured else "train_loss"
         found.append({
-            "name": run["name"], "label": key.replace("_", " "),
-            "note": f"Trainer run, {run['summary'].get('mode', 'steered')}",
+            "name": Path(str(run.get("folder") or run["task"])).name,
+            "label": key.replace("_", " "), "note": f"Trainer run, {run.get('mode', 'steered')}",
             "steps": [p["step"] for p in curve], "rate": [p["rate"] for p in curve],
             "loss": [math.nan if p.get(key) is None else p[key] for p in curve],
             "other": [],
-            "decisions": [(a["step"], _label(a), a.get("guard") or "") for a in run["audit"]],
+            "decisions": [(a["step"], _label(a), a.get("guard") or "") for a in run["decisions"]],
         })  # fmt: skip
     return found
 
@@ -466,7 +480,7 @@ def _picture(name: str, title: str, alt: str, draw: Any, *, height: float = 3.6,
 def _inline(svg: str, name: str, alt: str) -> str:
     """An SVG file as an element of a page: own names, no address, colours of the page."""
     prefix = re.sub(r"\W+", "-", name)
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
+    svg = re.sub(r"<(metadata|style).*?</\1>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[^"]*pt"', "", svg)
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     svg = re.sub(r"(font:[^;\"]*?px)[^;\"]*|font-family:[^;\"]*;?", r"\1", svg)

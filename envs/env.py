@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -18,6 +18,7 @@ from envs.knobs import (
     Actions,
     Knobs,
     Optimizer,
+    Shape,
     decode,
     exchange,
     reference_rate,
@@ -31,6 +32,7 @@ from envs.task import Task, find, vary
 MakeJob = Callable[[Task, int, Knobs], Job]
 
 EXPLORE = 10**1.5  # a tuner may move the rate by 1.5 decades either way of the start
+LIKELY: tuple[Shape, ...] = ("linear", "linear", "cosine", "constant")
 OPTIONS = ("rate", "task")  # of `reset`
 BLOWN = math.exp(CEILING)  # a validation loss so many times the first one is a divergence
 
@@ -90,7 +92,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         spread: float = 1.5,
         vary: bool = False,
         optimizers: Sequence[Optimizer] = ("adamw",),
-        shape: str = "linear",
+        shape: Shape | Literal["any"] = "linear",
         blind: float = 0.0,
         make_job: MakeJob = TorchJob,
     ) -> None:
@@ -136,9 +138,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         self._history = [report_start(self._job, shown)]
         return self._observe(), self._info(score.metric, None)
 
-    def step(
-        self, action: Any
-    ) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Apply an action and run one interval. Raises `BadInput` on an invalid action."""
         if self._job is None or self._over:
             raise gymnasium.error.ResetNeeded("the episode is over; call reset()")
@@ -187,7 +187,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         optimizer = self._optimizers[int(rng.integers(len(self._optimizers)))]
         shape = self._shape
         if shape == "any":
-            shape = str(rng.choice(["linear", "linear", "cosine", "constant"]))
+            shape = LIKELY[int(rng.integers(len(LIKELY)))]
         exponent = rng.uniform(-self._spread, self._spread)
         ruler = reference_rate(workload.parameters(task.model), optimizer, task.adapter)
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)

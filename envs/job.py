@@ -5,7 +5,7 @@ native loop; a test may put a scripted fake behind the same verbs.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -124,7 +124,9 @@ class TorchJob:
                 loss = self._loss(rows, next(self._order))["loss"]
                 loss.backward()  # type: ignore[no-untyped-call]
                 if left < 2:
-                    self._probe.gradient(probe.gather([probe.gradient_of(p) for p in self._sampled]))
+                    self._probe.gradient(
+                        probe.gather([probe.gradient_of(p) for p in self._sampled])
+                    )
                 if self._knobs.clip:
                     nn.utils.clip_grad_norm_(self._parameters, self._knobs.clip)
                 if not left:
@@ -194,9 +196,9 @@ class _RandomState:
     """The random state of one job: dropout draws from torch's global one, so it is swapped in."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        devices = ["cpu"] if device.type == "cpu" else ["cpu", device]
-        self._states = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
         self._cuda = [device] if device.type == "cuda" else []
+        devices = [torch.device("cpu"), *self._cuda]
+        self._states = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -211,10 +213,10 @@ class _RandomState:
                 self._states[number] = torch.cuda.get_rng_state(device)
 
 
-def finite(parameters: list[nn.Parameter]) -> bool:
+def finite(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether every weight is a finite number; one transfer from the device."""
     with torch.no_grad():
-        sums = torch._foreach_norm(parameters)
+        sums = torch._foreach_norm([*parameters])
     return math.isfinite(torch.stack(sums).sum().item())
 
 
@@ -252,7 +254,7 @@ def _batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(rows, generator=generator)
-        yield from order[: rows - rows % batch].split(batch)
+        yield from order[: rows - rows % batch].view(-1, batch)
 
 
 def _optimizer(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Optimizer:

@@ -81,7 +81,9 @@ class Probe:
         if not gradients or clipped is None or weights is None or update is None:
             return math.nan, 1.0, math.nan, math.nan
         last = gradients[-1]
-        dot = last @ gradients[0] if len(gradients) == 2 and len(gradients[0]) == len(last) else None
+        dot = (
+            last @ gradients[0] if len(gradients) == 2 and len(gradients[0]) == len(last) else None
+        )
         norms = [last.norm(), clipped.norm(), update.norm(), weights.norm(), gradients[0].norm()]
         stacked = torch.stack([*norms, dot if dot is not None else last.new_tensor(math.nan)])
         gradient, after, moved, size, other, product = stacked.tolist()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from envs.knobs import Decision
+from envs.knobs import KEEP, Decision
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ class Progress:
     update: float = math.nan  # norm of an update over the norm of the weights (sampled)
     cosine: float = math.nan  # between the gradients of the last two updates (sampled)
     finite: bool = True  # all weights are finite
-    decision: Decision = Decision()  # what was applied before this interval
+    decision: Decision = KEEP  # what was applied before this interval

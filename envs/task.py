@@ -68,9 +68,10 @@ class Task:
         if self.adapter not in get_args(Adapter):
             raise UnknownName("adapter", self.adapter, get_args(Adapter))
         if self.classes is not None:
-            if isinstance(self.classes, list):  # from a configuration file
-                object.__setattr__(self, "classes", tuple(self.classes))
-            if not isinstance(self.classes, tuple) or {type(c) for c in self.classes} - {str}:
+            given: Any = self.classes
+            if isinstance(given, list):  # from a configuration file
+                object.__setattr__(self, "classes", tuple(given))
+            if not isinstance(given, list | tuple) or {type(name) for name in given} - {str}:
                 raise BadInput(
                     f"task: classes: {self.classes!r} are not names; give a list of class names"
                 )
@@ -108,7 +109,14 @@ class Task:
         return f"{self.dataset}/{self.model}"
 
 
-_MINILM = {"batch": 16, "max_length": 32, "steps": 60, "interval": 6, "rows": 500, "dropout": 0.1}
+_MINILM: dict[str, Any] = {
+    "batch": 16,
+    "max_length": 32,
+    "steps": 60,
+    "interval": 6,
+    "rows": 500,
+    "dropout": 0.1,
+}
 
 TASKS: dict[str, Task] = {corpus: Task(dataset=corpus) for corpus in CORPORA} | {
     f"{corpus}/{model}": Task(

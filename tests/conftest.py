@@ -1,9 +1,8 @@
 from dataclasses import replace
 
 import pytest
-import torch
-
 import tiny
+import torch
 
 torch.set_num_threads(1)  # on tensors this small, more threads only wait for each other
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 
-import tiny
 from envs import probe, workload
 from envs.errors import BadInput
 from envs.job import TorchJob, report_start, with_validation
@@ -205,7 +205,7 @@ def test_a_job_outlives_a_divergence(tiny_task):
 def exact(job, updates):
     """The probe's figures from every weight, by hand, for ``updates`` updates from here."""
     gradients = []
-    for left in range(updates - 1, -1, -1):
+    for _ in range(updates):
         rate = job._knobs.rate * factor(job._knobs, job._step, job.task.steps)
         for group in job._optimizer.param_groups:
             group["lr"] = rate
@@ -265,8 +265,7 @@ def test_only_the_uppermost_layers_are_trained(tiny_task, layers):
     expected = {
         n
         for n in before
-        if n.startswith("head.")
-        or any(f"encoder.layer.{i}." in n for i in range(2 - layers, 2))
+        if n.startswith("head.") or any(f"encoder.layer.{i}." in n for i in range(2 - layers, 2))
     }
     assert trained(job) == expected
     assert moved <= expected
@@ -355,7 +354,10 @@ def test_an_empty_split_is_refused(tiny_task, tmp_path):
     data.write_text("\n".join(["text,label", *rows]))
     refused(tiny_task(dataset=str(data), classes=("c", "d")), "validation: no rows of c, d")
     splits = workload._splits(str(data), "text", "label")
-    nothing = {**splits, "test": replace(splits["test"], texts=(), labels=splits["test"].labels[:0])}
+    nothing = {
+        **splits,
+        "test": replace(splits["test"], texts=(), labels=splits["test"].labels[:0]),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workload, "_splits", lambda *_: nothing)
         refused(tiny_task(dataset="nothing.csv"), "test: no rows")

@@ -107,7 +107,7 @@ def test_every_action_of_a_space_can_be_decoded(actions, seed):
      np.zeros((50, 50), int)],
 )  # fmt: skip
 def test_what_is_no_discrete_action_is_said_to_be_none(action):
-    with pytest.raises(BadInput, match="^action: ") as error:
+    with pytest.raises(BadInput, match=r"^action: ") as error:
         decode(action, Actions())
     one_line(error)
 
@@ -119,7 +119,7 @@ def test_what_is_no_discrete_action_is_said_to_be_none(action):
      np.zeros((50, 50)), [True, False]],
 )  # fmt: skip
 def test_what_is_no_continuous_action_is_said_to_be_none(action):
-    with pytest.raises(BadInput, match="^action: ") as error:
+    with pytest.raises(BadInput, match=r"^action: ") as error:
         decode(action, CONTINUOUS)
     one_line(error)
 
@@ -131,9 +131,7 @@ def test_turning_keeps_everything_but_what_was_asked_for():
     assert turn(knobs, Decision(rollback=True), **WIDE).rate == 1e-3 * ROLLBACK_FACTOR
 
 
-@given(
-    st.floats(1e-6, 1.0), st.floats(1e-3, 1e3), st.floats(1e-9, 1e-4), st.floats(1e-4, 10.0)
-)
+@given(st.floats(1e-6, 1.0), st.floats(1e-3, 1e3), st.floats(1e-9, 1e-4), st.floats(1e-4, 10.0))
 def test_turning_stays_within_bounds(rate, multiplier, low, high):
     turned = turn(Knobs(rate), Decision(multiplier), low=low, high=high)
     assert max(low, RATE_FLOOR) <= turned.rate <= min(high, RATE_CEILING)
@@ -203,7 +201,7 @@ def test_unknown_names_come_with_the_nearest_known_one():
     ],
 )
 def test_actions_that_make_no_sense_are_refused(bad):
-    with pytest.raises(BadInput, match="^actions: ") as error:
+    with pytest.raises(BadInput, match=r"^actions: ") as error:
         Actions(**bad)
     one_line(error)
 
@@ -232,7 +230,7 @@ def test_actions_that_make_no_sense_are_refused(bad):
     ],
 )
 def test_tasks_that_cannot_be_run_are_refused(bad, value):
-    with pytest.raises(BadInput, match="^task: ") as error:
+    with pytest.raises(BadInput, match=r"^task: ") as error:
         Task("own.csv", **bad)
     assert value in one_line(error)
 

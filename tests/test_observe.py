@@ -61,9 +61,7 @@ contexts = st.builds(
 
 def named(history, context=CONTEXT):
     values = observe(history, context)
-    return {
-        feature.name: float(value) for feature, value in zip(FEATURES, values, strict=True)
-    }
+    return {feature.name: float(value) for feature, value in zip(FEATURES, values, strict=True)}
 
 
 @settings(deadline=None)

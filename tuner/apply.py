@@ -123,6 +123,7 @@ def _run(
         report_to="none",
         disable_tqdm=True,
         dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Trainer(
         model=load.module(config.seed),

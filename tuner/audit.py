@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.errors import RunFailed
+from envs.errors import BadInput, RunFailed
 from envs.knobs import Actions, Decision, Knobs, decode
 from envs.progress import Context
 from tuner.artifact import CLIP
@@ -45,9 +45,14 @@ class Audit:
 
     def start(self) -> None:
         """Begin a new file; one that is there is kept as ``<name>.old``."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            os.replace(self.path, self.path.with_name(self.path.name + ".old"))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                os.replace(self.path, self.path.with_name(self.path.name + ".old"))
+            self.path.touch()
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror or error}; choose another file"
+            raise BadInput(f"{self.path}: log: {problem}") from error
         self.lines = 0
 
     def cut(self, lines: int) -> None:

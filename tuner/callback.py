@@ -4,42 +4,41 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from envs import probe
-from envs.errors import BadInput
-from envs.job import finite, with_validation
-from envs.knobs import KEEP, Decision, Knobs, Optimizer
-from envs.observe import mean_loss
+from envs.errors import BadInput, SteersmanError
+from envs.job import finite
+from envs.knobs import Knobs, Optimizer
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from tuner import policy as artifacts
 from tuner.audit import Pilot
 from tuner.guard import alarm, limits_of
-from tuner.instruments import Eyes, Rates, Slice, read_weights, write_weights
+from tuner.instruments import (
+    Eyes,
+    Order,
+    Rates,
+    Slice,
+    describe,
+    rank,
+    read_weights,
+    share,
+    write_weights,
+)
+from tuner.logbook import Logbook
 from tuner.steer import Helm
 
 logger = logging.getLogger(__name__)
 
 WATCH = 25  # updates between two looks at the losses, when decisions are further apart
-RAW = 3  # latest reports that keep the loss of each update
 LOG, WEIGHTS = "tuner.jsonl", "tuner.safetensors"
 OPTIMIZERS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}
-
-
-class Order(NamedTuple):
-    """What all processes carry out; numbers, so that it can be broadcast."""
-
-    rate: float  # peak
-    rollback: float
-    off: float
-    keep: float  # take a snapshot first
 
 
 def guarded(event: Callable[..., None]) -> Callable[..., None]:
@@ -117,11 +116,23 @@ class TunerCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the run, refuse one that cannot be steered, and take up a resumed one."""
         self._release()
-        self._begun = False
+        self._begun = self._live = False
+        try:
+            self._begin(args, state, **kwargs)
+        except SteersmanError:
+            self._release()
+            raise
+        except Exception as error:
+            self._release()
+            logger.warning("the tuner failed and is off; your schedule rules: %s", error)
+
+    def _begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
-        _check(args, model, optimizer)
-        assert model is not None
-        assert optimizer is not None
+        if model is None or optimizer is None:
+            raise BadInput("trainer: optimizer: there is none; the tuner has nothing to steer")
+        for name in ("deepspeed", "fsdp"):
+            if getattr(args, name, None):
+                raise BadInput(f"trainer: {name}: not supported by the tuner; train without it")
         state.stateful_callbacks.setdefault(type(self).__name__, {})
         saved = _saved(state.stateful_callbacks[type(self).__name__])
         saved = saved if state.global_step > 0 else None
@@ -139,22 +150,19 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._interval = max(1, math.ceil(self._total / self._decisions))
         kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
         self._knobs = Knobs(rate=self._rates.start, optimizer=OPTIMIZERS.get(kind, "adamw"))
-        self._context = self._describe(args)
-        self._rank = torch.distributed.get_rank() if _many() else 0
-        log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG
-        self._helm = Helm(
-            self._policy,
-            self._limits,
-            self._rates.start,
-            advise=self._advise,
-            log=log if self._rank == 0 else None,
+        self._context = Context(
+            total=self._total,
+            decisions=math.ceil(self._total / self._interval),
+            optimizer=self._knobs.optimizer,
+            start_rate=self._rates.start,
+            **describe(model, self._loader, self._classes, self._total * args.train_batch_size),
         )
-        self._history: list[Progress] = []
-        self._report: Progress | None = None
-        self._applied = KEEP
-        self._next = state.global_step
-        self._validation, self._validated, self._key = math.nan, -1, ""
-        self._best, self._best_step, self._judged = math.inf, -1, False
+        self._rank = rank()
+        log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG
+        record = log if self._rank == 0 else None
+        start, advise = self._rates.start, self._advise
+        self._helm = Helm(self._policy, self._limits, start, advise=advise, log=record)
+        self._book = Logbook(next=state.global_step)
         self._snapshot: Snapshot | None = None
         if saved:
             self._resume(saved, args, state.global_step)
@@ -180,7 +188,7 @@ class TunerCallback(TrainerCallback, ExportableState):
     @guarded
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide, if it is time to; look at the gradients of an interval's last two updates."""
-        if state.global_step >= self._next:
+        if state.global_step >= self._book.next:
             self._decide(state.global_step)
         if self._live and self._end() - state.global_step <= 2:
             self._eyes.watch_gradients()
@@ -205,7 +213,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._eyes.end_update()
         step = state.global_step
         if step == self._end():
-            self._report = self._close(step)
+            self._book.report = self._close(step)
         self._watch(step, control, step >= self._total or step % WATCH == 0)
 
     @guarded
@@ -216,10 +224,8 @@ class TunerCallback(TrainerCallback, ExportableState):
     @guarded
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take note of the validation loss of the user's evaluation."""
-        losses = {k: v for k, v in (kwargs.get("metrics") or {}).items() if k.endswith("_loss")}
-        self._key = self._key or ("eval_loss" if "eval_loss" in losses else min(losses, default=""))
-        if self._slice is None and self._key in losses:
-            self._validation, self._validated = float(losses[self._key]), state.global_step
+        if self._slice is None:
+            self._book.note(kwargs["metrics"], state.global_step)
 
     @guarded
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -231,120 +237,88 @@ class TunerCallback(TrainerCallback, ExportableState):
     # -- a decision ----------------------------------------------------------------------------
 
     def _end(self) -> int:
-        return min(self._next, self._total)
+        return min(self._book.next, self._total)
 
     def _close(self, step: int) -> Progress:
         """The report of the updates since the last decision; the same figures as a `TorchJob`'s."""
         gradient, clipped, update, cosine = self._probe.read()
         self._eyes.rest()
+        return replace(
+            self._glance(step), gradient=gradient, clipped=clipped, update=update, cosine=cosine
+        )
+
+    def _watch(self, step: int, control: Any, look: bool) -> None:
+        """Decide at once if the run diverged: before a checkpoint, an evaluation, or the end."""
+        look = look or control.should_save or control.should_evaluate
+        if self._advise or not look or self._book.last in (-1, step):
+            return
+        report = self._book.report or self._glance(step)
+        trouble = False
+        if self._rank == 0:
+            history = [*self._book.history, self._book.shown(report, None)]
+            trouble = bool(alarm(history, self._limits, self._knobs.rate / self._rates.start))
+        if share([trouble], self._eyes.device)[0]:
+            self._book.report = self._book.report or self._close(step)
+            self._decide(step, fresh=False)
+
+    def _glance(self, step: int) -> Progress:
+        """A report without the probe's figures."""
         return Progress(
             step=step,
             rate=self._knobs.rate,
             factor=self._rates.factor,
             losses=tuple(self._eyes.fetch()),
-            gradient=gradient,
-            clipped=clipped,
-            update=update,
-            cosine=cosine,
             finite=finite(self._eyes.parameters),
         )
 
-    def _watch(self, step: int, control: Any, look: bool) -> None:
-        """Decide at once if the run diverged: before a checkpoint, an evaluation, or the end."""
-        if self._advise or not self._history:
-            return
-        if not (look or control.should_save or control.should_evaluate):
-            return
-        losses = self._eyes.fetch()
-        report = self._report or Progress(
-            step, self._knobs.rate, self._rates.factor, tuple(losses),
-            finite=finite(self._eyes.parameters),
-        )  # fmt: skip
-        if report.step == self._history[-1].step:
-            return  # decided just now
-        shown = with_validation(report, self._history[-1], None, self._applied)
-        trouble = alarm([*self._history, shown], self._limits, self._knobs.rate / self._rates.start)
-        if _share([float(bool(trouble))], self._eyes.device)[0]:
-            self._report = self._report or self._close(step)
-            self._decide(step, fresh=False)
-
     def _decide(self, step: int, fresh: bool = True) -> None:
-        """One decision: rank 0 takes it, all carry it out."""
-        order = Order(self._rates.start, 0.0, 1.0, 0.0)
+        """One decision: rank 0 takes it, all carry it out. fresh: look at the validation loss."""
+        order = Order(self._rates.start, rollback=False, off=True, keep=False)
         if self._rank == 0:
             try:
                 order = self._think(step, fresh)
             except Exception as error:
                 self._helm.fail(error, step)
-        order = Order(*_share(order, self._eyes.device))
-        self._eyes.losses, self._report = [], None
-        self._next = (step // self._interval + 1) * self._interval
-        if order.keep:
-            self._snapshot = remember(self._eyes.parameters, into=self._snapshot)
-        if self._advise:
-            return
-        if order.rollback and self._snapshot is not None:
-            recall(self._snapshot, self._eyes.parameters, self._optimizer)
-        if order.rate != self._knobs.rate:
-            self._rates.put(order.rate)
-            self._knobs = replace(self._knobs, rate=order.rate)
+        order = Order(*share(order, self._eyes.device))
+        self._eyes.losses, self._book.report = [], None
+        self._book.last, self._book.next = step, (step // self._interval + 1) * self._interval
+        if not self._advise:
+            if order.keep:
+                self._snapshot = remember(self._eyes.parameters, into=self._snapshot)
+            if order.rollback and self._snapshot is not None:
+                recall(self._snapshot, self._eyes.parameters, self._optimizer)
+            if order.rate != self._knobs.rate:
+                self._turn(order.rate)
         if order.off:
             self._live = False
             self._release()
 
     def _think(self, step: int, fresh: bool) -> Order:
         """Observe, ask, and say what is to be done."""
-        value = self._validate() if fresh else None
-        if self._history:
-            report = self._report or self._close(step)
-            report = with_validation(report, self._history[-1], value, self._applied)
-        else:
-            value = math.nan if value is None else value
-            report = Progress(step, self._knobs.rate, self._rates.factor, validation=value,
-                              finite=finite(self._eyes.parameters))  # fmt: skip
-        self._history.append(report)
-        if len(self._history) > RAW and len(old := self._history[-1 - RAW].losses) > 1:
-            mean = mean_loss(self._history[-1 - RAW])
-            assert old
-            self._history[-1 - RAW] = replace(self._history[-1 - RAW], losses=(mean,))
-        keep = not self._advise and self._is_best(report)
-        ruling = self._helm.decide(
-            self._history, self._context, self._knobs, warming=self._rates.warming
-        )
-        self._applied = ruling.decision
-        knobs = ruling.turn(self._knobs, self._context)
-        return Order(knobs.rate, ruling.decision.rollback, ruling.off, keep)
+        book, value = self._book, None
+        if fresh and self._slice is not None:
+            value = self._slice.loss(self._model, self._optimizer, self._loader)
+        elif fresh:
+            value = book.news()
+        book.add(book.shown(book.report or self._glance(step), value))
+        trouble = alarm(book.history, self._limits, self._knobs.rate / self._rates.start)
+        keep = not trouble and book.is_best()
+        warming = self._rates.warming
+        ruling = self._helm.decide(book.history, self._context, self._knobs, warming=warming)
+        book.applied = ruling.decision
+        rate = ruling.turn(self._knobs, self._context).rate
+        return Order(rate, ruling.decision.rollback, ruling.off, keep)
 
-    def _validate(self) -> float | None:
-        """The validation loss of the weights as they are; None if nothing new is known."""
-        if self._slice is not None:
-            return self._slice.loss(self._model, self._optimizer, self._loader)
-        since = self._history[-1].step if self._history else -1
-        return self._validation if self._validated > since else None
-
-    def _is_best(self, report: Progress) -> bool:
-        """Whether these weights are the ones to come back to: the best so far, and finite."""
-        trouble = alarm(self._history, self._limits, self._knobs.rate / self._rates.start)
-        if not report.finite or trouble:
-            return False
-        judged = any(math.isfinite(past.validation) for past in self._history)
-        if judged and not self._judged:
-            self._judged, self._best = True, math.inf
-        value = mean_loss(report)
-        if judged:
-            value = report.validation if report.age == 0 else math.nan
-        if not (value < self._best or self._best_step < 0):
-            return False
-        self._best = value if math.isfinite(value) else math.inf
-        self._best_step = report.step
-        return True
+    def _turn(self, rate: float) -> None:
+        self._rates.put(rate)
+        self._knobs = replace(self._knobs, rate=rate)
 
     def _give_up(self, error: Exception, step: int) -> None:
         self._live = False
         try:
             self._helm.fail(error, step)
             if not self._advise:
-                self._rates.put(self._rates.start)
+                self._turn(self._rates.start)
         finally:
             self._release()
 
@@ -352,26 +326,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         if hasattr(self, "_eyes"):
             self._eyes.close()
         self._snapshot = None
-
-    def _describe(self, args: Any) -> Context:
-        """The run, for the observation."""
-        try:
-            rows = len(self._loader.dataset)  # type: ignore[union-attr]
-        except (TypeError, AttributeError):  # a stream
-            rows = self._total * args.train_batch_size * args.gradient_accumulation_steps
-        config = getattr(self._model, "config", None)
-        classes = self._classes or getattr(config, "num_labels", None) or 2
-        lora = any("lora_" in name for name, _ in self._model.named_parameters())
-        return Context(
-            total=self._total,
-            decisions=math.ceil(self._total / self._interval),
-            parameters=sum(p.numel() for p in self._model.parameters()),
-            rows=rows,
-            classes=int(classes),
-            adapter="lora" if lora else "full",
-            optimizer=self._knobs.optimizer,
-            start_rate=self._rates.start,
-        )
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -383,13 +337,8 @@ class TunerCallback(TrainerCallback, ExportableState):
             "base_rates": self._rates.base,
             "rate": self._knobs.rate,
             "helm": self._helm.state(),
-            "history": [asdict(report) for report in self._history],
-            "report": asdict(self._report) if self._report else None,
-            "losses": self._eyes.fetch() if self._live else [],
-            "applied": asdict(self._applied),
-            "next": self._next,
-            "validation": [self._validation, self._validated, self._key],
-            "best": [self._best, self._best_step, self._judged],
+            "book": self._book.to_json(),
+            "losses": self._eyes.fetch(),
             "kept": self._snapshot is not None,
             "own_evaluation": self._slice is not None,
             "total": self._total,
@@ -403,20 +352,13 @@ class TunerCallback(TrainerCallback, ExportableState):
                 f"{'had one' if saved['own_evaluation'] else 'had none'}; give the same, and leave "
                 "restore_callback_states_from_checkpoint off"
             )
-        if saved["total"] != self._total:
-            logger.warning("the run was planned for %d updates: resuming is not exact",
-                           saved["total"])  # fmt: skip
+        if (total := saved["total"]) != self._total:
+            logger.warning("the run was planned for %d updates: resuming is not exact", total)
         self._helm.load_state(saved["helm"])
-        self._knobs = replace(self._knobs, rate=saved["rate"])
-        self._history = [_progress(report) for report in saved["history"]]
-        self._report = _progress(saved["report"]) if saved["report"] else None
+        self._book = Logbook.from_json(saved["book"])
         self._eyes.losses = list(saved["losses"])
-        self._applied = Decision(**saved["applied"])
-        self._next = saved["next"]
-        self._validation, self._validated, self._key = saved["validation"]
-        self._best, self._best_step, self._judged = saved["best"]
         if not self._advise:
-            self._rates.put(self._knobs.rate)
+            self._turn(saved["rate"])
         folder = _folder(args, step)
         gradient, self._snapshot = read_weights(folder / WEIGHTS, step, self._eyes)
         self._eyes.last_gradient = gradient
@@ -430,8 +372,8 @@ class TunerCallback(TrainerCallback, ExportableState):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the weights to come back to beside the checkpoint."""
         folder = _folder(args, state.global_step)
-        if self._rank == 0 and folder.is_dir() and not self._advise:
-            sample = self._eyes.last_gradient if self._eyes.watching else None
+        sample = self._eyes.last_gradient if self._eyes.watching else None
+        if self._rank == 0 and folder.is_dir() and (self._snapshot or sample is not None):
             write_weights(folder / WEIGHTS, state.global_step, sample, self._snapshot or [])
 
 
@@ -447,14 +389,6 @@ def _load(given: str | Path | Pilot, sha256: str | None) -> Pilot:
     return artifacts.load(given, sha256)
 
 
-def _check(args: Any, model: Any, optimizer: Any) -> None:
-    if model is None or optimizer is None:
-        raise BadInput("trainer: optimizer: there is none; the tuner has nothing to steer")
-    for name in ("deepspeed", "fsdp"):
-        if getattr(args, name, None):
-            raise BadInput(f"trainer: {name}: not supported by the tuner; train without it")
-
-
 def _saved(stored: Any) -> dict[str, Any] | None:
     """The callback's part of a checkpoint's state; None if it had none."""
     stored = stored[-1] if isinstance(stored, list) and stored else stored
@@ -462,29 +396,5 @@ def _saved(stored: Any) -> dict[str, Any] | None:
     return found
 
 
-def _progress(fields: dict[str, Any]) -> Progress:
-    decision = Decision(**fields["decision"])
-    return Progress(**{**fields, "losses": tuple(fields["losses"]), "decision": decision})
-
-
 def _folder(args: Any, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
-
-
-def _many() -> bool:
-    distributed = torch.distributed
-    return bool(
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
-
-
-def _share(numbers: Any, device: torch.device) -> list[float]:
-    """Rank 0's numbers on every process."""
-    values = [float(number) for number in numbers]
-    if not _many():
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.broadcast(tensor, 0)
-    return tensor.tolist()

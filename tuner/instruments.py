@@ -3,10 +3,10 @@
 import functools
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -130,8 +130,11 @@ class Eyes:
             ]
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._gradients[index] = probe.view(parameter.grad).clone()
+        try:
+            if parameter.grad is not None:
+                self._gradients[index] = probe.view(parameter.grad).clone()
+        except Exception as error:
+            self.error = error
 
     def gradient(self, optimizer: Any) -> Tensor:
         """The sample of the update's gradients as they were before clipping."""
@@ -263,3 +266,52 @@ def read_weights(path: Path, step: int, eyes: Eyes) -> tuple[Tensor | None, Snap
     shapes = [None if weight is None else weight.shape for weight in weights]
     fit = shapes == [parameter.shape for parameter in eyes.parameters]
     return tensors.get("gradient"), [w for w in weights if w is not None] if fit else None
+
+
+def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> dict[str, Any]:
+    """What a `Context` has of the model and the data. seen: rows of a run, for a stream's size."""
+    try:
+        rows = len(loader.dataset)
+    except (TypeError, AttributeError):
+        rows = seen
+    known = classes or getattr(getattr(model, "config", None), "num_labels", None) or 2
+    lora = any("lora_" in name for name, _ in model.named_parameters())
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "rows": rows,
+        "classes": int(known),
+        "adapter": "lora" if lora else "full",
+    }
+
+
+class Order(NamedTuple):
+    """What all processes carry out; numbers, so that it can be broadcast."""
+
+    rate: float  # peak
+    rollback: float
+    off: float
+    keep: float  # take a snapshot first
+
+
+def rank() -> int:
+    """This process's number; 0 decides."""
+    return torch.distributed.get_rank() if _many() else 0
+
+
+def share(numbers: Iterable[float], device: torch.device) -> list[float]:
+    """Rank 0's numbers on every process."""
+    values = [float(number) for number in numbers]
+    if not _many():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.broadcast(tensor, 0)
+    return tensor.tolist()
+
+
+def _many() -> bool:
+    distributed = torch.distributed
+    return bool(
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )

@@ -27,6 +27,7 @@ class ApplyConfig(BaseModel):
     steps: int | None = Field(None, ge=1, description="updates; none: the task's")
     rows: int | None = Field(None, ge=1, description="training rows; none: the task's")
     batch: int | None = Field(None, ge=1, description="rows in a batch; none: the task's")
+    max_length: int | None = Field(None, ge=1, description="tokens of a text; none: the task's")
     adapter: Adapter | None = Field(None, description="full or lora")
     threads: int = Field(2, ge=1, le=256, description="torch threads")
     seed: int = Field(0, ge=0, description="seed of the run")
@@ -35,7 +36,7 @@ class ApplyConfig(BaseModel):
         """The task this describes."""
         changes = {
             name: value
-            for name in ("steps", "rows", "batch", "adapter", "model")
+            for name in ("steps", "rows", "batch", "max_length", "adapter", "model")
             if (value := getattr(self, name)) is not None
         }
         if self.task in TASKS:

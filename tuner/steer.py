@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import BadInput
-from envs.knobs import KEEP, Knobs, decode
+from envs.knobs import KEEP, Knobs, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
 from tuner.audit import Audit, Pilot, applied, normalised, proposal, reason
@@ -37,6 +37,7 @@ class Helm:
         """start_rate: the user's peak rate. advise: record what would be done, and do nothing."""
         self.policy, self.limits, self.start_rate, self.advise = policy, limits, start_rate, advise
         self.guard = GuardState()
+        self._start = start_rate  # in terms of the optimizer in use
         self.audit = Audit(Path(log)) if log is not None else None
 
     @property
@@ -47,6 +48,7 @@ class Helm:
     def start(self) -> None:
         """Begin a new run: nothing remembered, a new log."""
         self.guard = GuardState()
+        self._start = self.start_rate
         if self.audit is not None:
             self.audit.start()
 
@@ -70,9 +72,9 @@ class Helm:
         if not self.off:
             logger.warning("the tuner failed and is off; your schedule rules: %s", text)
         reason = f"failed: {text}"
-        self.guard, ruling = switch_off(self.guard, self.start_rate, reason)
+        self.guard, ruling = switch_off(self.guard, self._start, reason)
         applied = {
-            "multiplier": 1.0, "rate": self.start_rate, "rollback": False, "optimizer": None
+            "multiplier": 1.0, "rate": self._start, "rollback": False, "optimizer": None
         }  # fmt: skip
         try:
             if self.audit is not None:
@@ -88,7 +90,7 @@ class Helm:
     def _decide(
         self, history: Sequence[Progress], context: Context, knobs: Knobs, warming: bool
     ) -> Ruling:
-        start, actions = self.start_rate, self.policy.manifest.actions
+        start, actions = self._start, self.policy.manifest.actions
         if self.off:
             return rule(self.guard, KEEP, self.limits, rate=knobs.rate, start=start)[1]
         observation = observe(history, context)
@@ -125,12 +127,16 @@ class Helm:
         if after.off:
             logger.warning("the tuner is off; your schedule rules: %s", after.off)
         self.guard = after
+        self._start *= exchange(
+            knobs.optimizer, would.optimizer, context.parameters, context.adapter
+        )
         return ruling
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as JSON."""
         return {
             "guard": asdict(self.guard),
+            "start": self._start,
             "sha256": self.policy.sha256,
             "lines": self.audit.lines if self.audit else 0,
         }
@@ -142,6 +148,6 @@ class Helm:
                 f"policy: sha256: is {self.policy.sha256[:12]!r}, and the checkpoint was steered "
                 f"by {state['sha256'][:12]!r}; give the policy that the run began with"
             )
-        self.guard = GuardState(**state["guard"])
+        self.guard, self._start = GuardState(**state["guard"]), state["start"]
         if self.audit is not None:
             self.audit.cut(state["lines"])

@@ -1,0 +1,199 @@
+"""The command line: every failure is one line and an exit code; configuration is checked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from envs.errors import BadInput
+from test_policy import example
+from tuner import cli, policy
+from tuner.config import read, resolve
+from tuner.settings import ApplyConfig, CompareConfig
+from tuner.train import TrainConfig
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command -> (exit code, stdout, stderr)."""
+
+    def call(*words):
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["steersman", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    policy.save(example("ppo"), tmp_path / "policy.safetensors")
+    return tmp_path / "policy.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["train", "--agnt", "ppo"], "--agent"),
+        (["train", "--agent", "pqo"], "'pqo'"),
+        (["train", "--tasks", "trec7"], "Did you mean 'trec6'"),
+        (["train", "--iterations", "0"], "--iterations"),
+        (["train", "--iterations", "many"], "many"),
+        (["train", "--view", "continuous", "--agent", "dqn"], "acts discretely"),
+        (["train", "--steps", "3", "--interval", "5"], "interval"),
+        (["train", "--config", "absent.yaml"], "absent.yaml"),
+        (["explain", "absent.safetensors"], "absent.safetensors"),
+        (["report", "absent"], "absent"),
+        (["fetch", "trec7"], "Did you mean 'trec6'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert not any(tmp_path.iterdir()), "nothing may be written"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rate", "0"], "rate"),
+        (["--rate", "nan"], "rate"),
+        (["--rate", "1e30"], "rate"),
+        (["--batch", "0"], "batch"),
+        (["--batch", "5000"], "batch"),
+        (["--task", "bcc"], "Did you mean 'bbc'"),
+        (["--model", "tiny-33"], "Did you mean 'tiny-32'"),
+        (["--mode", "carefree"], "careful"),
+        (["--task", "absent.csv"], "absent.csv"),
+    ],
+)
+def test_bad_jobs_are_refused_before_training(run, policy_file, tmp_path, words, said):
+    code, _, err = run("apply", policy_file, "--out", tmp_path / "out", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+    assert not (tmp_path / "out" / "steered").exists()
+
+
+def test_a_steered_job_end_to_end(run, policy_file, tiny_task, tmp_path):
+    task = tiny_task()
+    words = ["apply", policy_file, "--task", task.dataset, "--model", task.model, "--steps", "20",
+             "--rows", "200", "--batch", "8", "--max-length", "12", "--rate", "1e-3", "--threads", "1", "--keep",
+             "--mode", "explore", "--out", tmp_path / "out"]  # fmt: skip
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert "steered" in out
+    assert "unsteered" in out
+    (folder,) = (tmp_path / "out" / "steered").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 <= summary["final"]["test"] <= 1
+    decisions = [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+    assert [d["step"] for d in decisions] == list(range(0, 20, 2))
+    code, out, err = run("explain", policy_file, "--run", folder)
+    assert code == 0, err
+    assert out.count("\n") >= 10
+    assert run(*words)[0] == 0  # repeated: done before
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn", "q-learning", "sarsa"])
+def test_explain_prints_what_a_policy_does(run, tmp_path, name):
+    policy.save(example(name), tmp_path / "p.safetensors")
+    code, out, _ = run("explain", tmp_path / "p.safetensors")
+    assert code == 0
+    assert name in out
+    assert "what it does" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"agnt: ppo", "Did you mean 'agent'"),
+        (b"iterations: '1e-3'", "iterations"),
+        (b"agent: !!python/object/apply:os.system ['true']", "tags are not read"),
+        (b"tasks: &a [sms]\nagent: *a", "not read"),
+        (b"agent: ppo\nagent: dqn", "given twice"),
+        (b"- agent", "not a mapping"),
+        (b"agent: [", "not YAML"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"# " + b"x" * (1 << 20), "over 1 MiB"),
+        (b"seed: -1", "seed"),
+    ],
+)
+def test_bad_configuration_files(tmp_path, content, said):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match=said) as error:
+        resolve(TrainConfig, file, {})
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_flags_over_file_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("agent: dqn\niterations: 7\n")
+    config = resolve(TrainConfig, file, {"iterations": 9})
+    assert (config.agent, config.iterations, config.envs) == ("dqn", 9, 8)
+    assert read(file) == {"agent": "dqn", "iterations": 7}
+
+
+def test_the_demonstrations_settings_are_valid():
+    folder = Path(__file__).parent.parent / "examples" / "demo"
+    for name, model in (("train", TrainConfig), ("apply", ApplyConfig), ("compare", CompareConfig)):
+        resolve(model, folder / f"{name}.yaml", {})
+
+
+@pytest.mark.parametrize("command", ["tasks", "fetch", "train", "apply", "compare", "report",
+                                     "explain"])  # fmt: skip
+def test_help_has_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Example" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_command_resumes(tiny_task, tmp_path, number, code):
+    task = tiny_task()
+    file = tmp_path / "train.yaml"
+    job = {"dataset": task.dataset, "model": task.model, "rows": 200, "batch": 8,
+           "max_length": 12, "validation_rows": 48}  # fmt: skip
+    file.write_text(json.dumps({"agent": "sarsa", "tasks": [job], "iterations": 1000, "envs": 2,
+                                "episodes": 1, "steps": 8, "interval": 2}))  # fmt: skip
+    words = [sys.executable, "-m", "tuner.cli", "train", "--config", file, "--out", tmp_path / "o"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "o" / "train.jsonl"
+    limit = time.monotonic() + 90
+    while time.monotonic() < limit and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err.strip().splitlines()[-1].endswith("repeat the command to go on")
+    rows = log.read_text().count("\n")
+    assert rows > 2
+    again = subprocess.run([*words, "--iterations", str(rows + 1)], env=environment, check=False)
+    assert again.returncode == 0
+    assert log.read_text().count("\n") == rows + 1
+
+
+def test_read_only_output_is_one_line_and_exit_1(run, policy_file, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    code, _, err = run("train", "--out", blocked / "runs", "--iterations", "1")
+    assert code in (1, 2)
+    assert err.count("\n") == 1
+    assert blocked.read_text() == "in the way"

@@ -1,0 +1,45 @@
+"""The README's Python runs, and its tree is the disk's."""
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import Trainer, TrainingArguments
+
+from envs import catalog, workload
+from test_policy import example
+from tuner import policy
+from tuner.apply import TokenDataset
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_tree_is_the_disk():
+    tree = README.split("## What is where")[1].split("```")[1]
+    named = {line.split()[0].rstrip("/") for line in tree.strip().splitlines()}
+    on_disk = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    assert named == {name for name in on_disk - {"runs", "build"} if "egg-info" not in name}
+    assert not list((ROOT / "mlflow").rglob("*.py"))
+
+
+def test_the_callback_example_runs(tiny_task, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    policy.save(example(), tmp_path / "runs/demo/policy.safetensors")
+    monkeypatch.chdir(tmp_path)
+    load = workload.load(tiny_task())
+    arguments = TrainingArguments("out", max_steps=12, report_to="none", disable_tqdm=True,
+                                  save_strategy="no")  # fmt: skip
+    trainer = Trainer(load.module(0), arguments, train_dataset=TokenDataset(load.rows["train"]))
+    exec(BLOCKS[0], {"trainer": trainer})
+    assert trainer.state.global_step == 12
+    assert len(Path("out/tuner.jsonl").read_text().splitlines()) >= 10
+
+
+@pytest.mark.skipif(not (catalog.cache_dir() / "corpora").is_dir(), reason="data not fetched")
+def test_the_environment_example_runs():
+    names = {}
+    exec(BLOCKS[1], names)
+    assert names["env"].observation_space.contains(names["observation"])
+    assert "Observation:" in names["envs"].env.FineTuneEnv.__doc__
