@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from test_policy import example
 
 from envs.errors import BadInput
-from test_policy import example
 from tuner import cli, policy
 from tuner.config import read, resolve
 from tuner.settings import ApplyConfig, CompareConfig
@@ -59,7 +59,7 @@ def policy_file(tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(*words)
+    code, _, err = run(*words)
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -91,8 +91,8 @@ def test_bad_jobs_are_refused_before_training(run, policy_file, tmp_path, words,
 def test_a_steered_job_end_to_end(run, policy_file, tiny_task, tmp_path):
     task = tiny_task()
     words = ["apply", policy_file, "--task", task.dataset, "--model", task.model, "--steps", "20",
-             "--rows", "200", "--batch", "8", "--max-length", "12", "--rate", "1e-3", "--threads", "1", "--keep",
-             "--mode", "explore", "--out", tmp_path / "out"]  # fmt: skip
+             "--rows", "200", "--batch", "8", "--max-length", "12", "--rate", "1e-3", "--keep",
+             "--threads", "1", "--mode", "explore", "--out", tmp_path / "out"]  # fmt: skip
     code, out, err = run(*words)
     assert code == 0, err
     assert "steered" in out

@@ -20,13 +20,17 @@ from envs.observe import FEATURES, SIZE
 from envs.progress import Progress
 from envs.reward import CEILING, PENALTY, log_gain, potential
 
-KEEP, ROLLBACK = 3, 7
 VIEWS = {
     "discrete": Actions(),
     "switching": Actions(optimizers=OPTIMIZERS),
     "continuous": Actions("continuous"),
     "continuous, no rollback": Actions("continuous", rollback=False),
 }
+ACTIONS = {VIEWS["switching"].label(a): a for a in range(VIEWS["switching"].size)}
+KEEP, ROLLBACK, LOWEST, LOWER, HIGHER, HIGHEST = (
+    ACTIONS[name] for name in ("keep", "rollback", "x0.1", "x0.3", "x3", "x10")
+)
+ADAMW, SGD, RMSPROP = (ACTIONS[name] for name in ("adamw", "sgd", "rmsprop"))
 NAMES = [feature.name for feature in FEATURES]
 
 
@@ -114,7 +118,7 @@ def test_the_registered_environment_runs_to_its_end(tiny_task):
 def test_one_seed_is_one_episode(tiny_task, dropout):
     """Bit for bit, whatever else draws random numbers; another seed is another episode."""
     task = tiny_task(dropout=dropout, steps=12, interval=4)
-    actions = [4, KEEP, 5]
+    actions = [HIGHER, KEEP, LOWER]
 
     def stray():
         random.random(), np.random.rand(7), torch.rand(5), torch.manual_seed(0)
@@ -138,7 +142,7 @@ def test_episodes_of_one_seeding_differ(tiny_task):
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_two_environments_in_turns_are_each_as_if_alone(tiny_task, dropout):
     task = tiny_task(dropout=dropout, steps=12, interval=4)
-    actions = [KEEP, 5, KEEP]
+    actions = [KEEP, HIGHER, KEEP]
     alone = [play(FineTuneEnv(task), actions, seed) for seed in (1, 2)]
     envs = [FineTuneEnv(task) for _ in alone]
     together = [[(env.reset(seed=seed)[0].tolist(), 0.0)] for seed, env in enumerate(envs, 1)]
@@ -191,7 +195,18 @@ def test_the_applied_rate_is_the_one_asked_for(tiny_task):
     size = env.context.parameters
     expected, optimizer = info["rate"], "adamw"
     assert expected == 1e-2
-    for action in (KEEP, 2, ROLLBACK, 9, KEEP, ROLLBACK, 10, 4, 8, KEEP):
+    for action in (
+        KEEP,
+        LOWER,
+        ROLLBACK,
+        SGD,
+        KEEP,
+        ROLLBACK,
+        RMSPROP,
+        HIGHER,
+        ADAMW,
+        KEEP,
+    ):
         label = env.actions.label(action)
         if label in OPTIMIZERS:
             expected *= exchange(optimizer, label, size, "full")
@@ -210,7 +225,8 @@ def test_the_rate_stays_within_reach_of_the_start_in_the_optimizers_own_terms(ti
     """The bounds go along with a switch: keeping the rate keeps it."""
     env = FineTuneEnv(tiny_task(steps=40), actions=VIEWS["switching"], shape="constant")
     env.reset(seed=0, options={"rate": 1e-4})
-    rates = [env.step(action)[4]["rate"] for action in (0, 0, 0, 9, KEEP, 6, 6, 6, 6, 8)]
+    actions = (*[LOWEST] * 3, SGD, KEEP, *[HIGHEST] * 4, ADAMW)
+    rates = [env.step(action)[4]["rate"] for action in actions]
     share = exchange("adamw", "sgd", env.context.parameters, "full")
     low, high = 1e-4 / EXPLORE, 1e-4 * EXPLORE
     assert rates[1] == rates[2] == pytest.approx(low)
@@ -223,7 +239,7 @@ def test_rolling_back_brings_back_the_best_weights_to_the_bit(tiny_task):
     env = FineTuneEnv(tiny_task(steps=24), shape="constant")
     _, info = env.reset(seed=0, options={"rate": 2e-2})
     kept = [(info["validation"], weights(env))]
-    for action in (KEEP, KEEP, KEEP, 6):
+    for action in (KEEP, KEEP, KEEP, HIGHEST):
         *_, info = env.step(action)
         kept.append((info["validation"], weights(env)))
     best = min(kept, key=lambda pair: pair[0])[1]
@@ -243,7 +259,7 @@ def test_rewards_add_up_to_the_log_ratio_of_the_losses(tiny_task):
     env = FineTuneEnv(tiny_task())
     _, info = env.reset(seed=1, options={"rate": 1e-2})
     first, total = info["validation"], 0.0
-    for action in (KEEP, 5, ROLLBACK, 2, KEEP):
+    for action in (KEEP, HIGHER, ROLLBACK, LOWER, KEEP):
         _, reward, over, _, info = env.step(action)
         total += reward
     assert over
@@ -307,7 +323,7 @@ def test_a_real_run_diverges_in_bounds(tiny_task):
     observation, _ = env.reset(seed=0, options={"rate": 10.0})
     total, terminated = 0.0, False
     while not terminated:
-        observation, reward, terminated, _, info = env.step(6)
+        observation, reward, terminated, _, info = env.step(HIGHEST)
         assert env.observation_space.contains(observation)
         total += reward
     assert info["reason"] is not None
@@ -341,7 +357,7 @@ def test_a_step_after_the_end_raises(fake):
 
 @pytest.mark.parametrize(
     ("view", "bad"),
-    [("discrete", a) for a in (-1, 8, 3.0, math.nan, None, [1, 2], "keep")]
+    [("discrete", a) for a in (-1, Actions().size, 3.0, math.nan, None, [1, 2], "keep")]
     + [("continuous", a) for a in (0, [0.0], [0, 2.0], [math.nan, 0], [[0, 0]], None)],
 )
 def test_an_invalid_action_raises_and_changes_nothing(tiny_task, view, bad):
@@ -405,7 +421,7 @@ def test_the_history_is_there_to_be_read(fake):
     with pytest.raises(gymnasium.error.ResetNeeded):
         _ = env.context
     env.reset(seed=0)
-    env.step(5)
+    env.step(HIGHER)
     assert [report.step for report in env.history] == [0, 2]
     assert isinstance(env.history[0], Progress)
     assert env.history[1].decision.multiplier == 3.0

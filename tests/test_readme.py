@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from test_policy import example
 from transformers import Trainer, TrainingArguments
 
 from envs import catalog, workload
-from test_policy import example
 from tuner import policy
 from tuner.apply import TokenDataset
 

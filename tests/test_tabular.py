@@ -45,8 +45,7 @@ def value_iteration():
             for action, move in ((0, -1), (1, 1), (2, 0)):
                 outcomes = [(1 - SLIP, move), (SLIP, -move)] if move else [(1.0, 0)]
                 table[cell, action] = sum(
-                    p
-                    * ({0: 0.3, CELLS - 1: 1.0}.get(cell + m, 0.0) - COST + value[cell + m])
+                    p * ({0: 0.3, CELLS - 1: 1.0}.get(cell + m, 0.0) - COST + value[cell + m])
                     for p, m in outcomes
                 )
     return table

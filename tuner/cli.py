@@ -113,7 +113,7 @@ def apply(
 
     Example: `steersman apply runs/tuner/policy.safetensors --task bbc/minilm-l6`
 
-    Own data: `steersman apply POLICY --task my.csv --model some/encoder --text review --label stars`
+    Own data: `steersman apply POLICY --task my.csv --text review --label stars`
     """
     from tuner.apply import steer_trainer
     from tuner.tracking import open_policy
@@ -136,7 +136,9 @@ def apply(
 @with_flags(CompareConfig)
 def compare(
     config: CompareConfig,
-    policies: Annotated[list[str] | None, typer.Argument(help="policies to set beside them")] = None,
+    policies: Annotated[
+        list[str] | None, typer.Argument(help="policies to set beside them")
+    ] = None,
     out: Out = Path("runs/comparison"),
     mlflow: Uri = None,
 ) -> None:

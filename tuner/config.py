@@ -114,7 +114,7 @@ def _flag_type(field: FieldInfo) -> Any:
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        return list[item if isinstance(item, type) else str]  # type: ignore[valid-type]
+        return types.GenericAlias(list, (item if isinstance(item, type) else str,))
     if typing.get_origin(kind) is typing.Literal:
         return str  # pydantic checks it, with the same sentence as for a file
     return kind

@@ -92,7 +92,8 @@ def steer(arena: Arena, policy: Policy, start: float, mode: str) -> tuple[Trial,
         if not all(map(math.isfinite, (*history[-1].losses, history[-1].validation))):
             state = "diverged"
     except BudgetSpent:
-        arena.hand_in(job, best, curve, "pruned", knobs)
+        if curve:
+            arena.hand_in(job, best, curve, "pruned", knobs)
         raise
     return arena.hand_in(job, best, curve, state, knobs), ended
 
@@ -123,7 +124,9 @@ def run_comparison(
     for name, policy in zip(names, policies, strict=True):
         once.append(PolicyMethod(policy, name))
         if config.best_of:
-            searches.append(PolicyMethod(policy, f"{name} best of {config.best_of}", config.best_of))
+            searches.append(
+                PolicyMethod(policy, f"{name} best of {config.best_of}", config.best_of)
+            )
     if "fixed" in config.methods:
         once.append(find_fixed(config, out, tick))
     if not once and not searches:
@@ -144,9 +147,7 @@ def run_comparison(
     return found
 
 
-def find_fixed(
-    config: CompareConfig, out: Path, tick: Callable[[int, int, str], None]
-) -> Fixed:
+def find_fixed(config: CompareConfig, out: Path, tick: Callable[[int, int, str], None]) -> Fixed:
     """The best fixed setting on the tuner's own training tasks, through a ledger of its own."""
     candidates = grid()
     found = compare(

@@ -77,11 +77,12 @@ def action_label(actions: Actions, action: Any) -> str:
 
 def _facts(policy: Policy) -> Table:
     manifest, origin = policy.manifest, policy.manifest.provenance
-    config = origin.get("config") or {}
+    config = origin.get("config")
+    tasks = config.get("tasks") if isinstance(config, dict) else None
     table = Table(box=None, show_header=False)
     rows = {
         "algorithm": manifest.algorithm,
-        "trained on": ", ".join(config.get("tasks", [])) if isinstance(config, dict) else "",
+        "trained on": ", ".join(map(str, tasks)) if isinstance(tasks, list) else "",
         "episodes": origin.get("episodes", ""),
         "cost": f"{origin.get('seconds', 0)} s",
         "decisions a run": manifest.decisions,
@@ -162,7 +163,7 @@ def _sensitivities(policy: Policy) -> Table:
     return table
 
 
-def _labels(policy: Policy, observations: NDArray[np.float32]) -> list[str]:
+def _labels(policy: Policy, observations: NDArray[Any]) -> list[str]:
     actions = _actions(policy)
     return [action_label(actions, policy.act(seen)) for seen in observations]
 

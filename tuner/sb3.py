@@ -27,6 +27,7 @@ class PPOConfig:
     clip: float = 0.2
     entropy: float = 0.01
     layers: tuple[int, ...] = (64, 64)
+    restraint: float = 1.5  # by how much the logit of *keep* is ahead at the start
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,18 @@ class DQNConfig:
 
 
 class PPOAgent:
-    """Proximal policy optimisation; discrete or continuous actions."""
+    """Proximal policy optimisation; discrete or continuous actions.
+
+    keep: the discrete action that changes nothing, preferred at the start; None for no preference.
+    """
 
     def __init__(
-        self, envs: VectorEnv, decisions: int, normaliser: Normaliser, config: PPOConfig
+        self,
+        envs: VectorEnv,
+        decisions: int,
+        normaliser: Normaliser,
+        config: PPOConfig,
+        keep: int | None = None,
     ) -> None:
         self._venv = VectorAdapter(envs, normaliser)
         self._steps = decisions * config.episodes
@@ -73,6 +82,9 @@ class PPOAgent:
             seed=0,
             device="cpu",
         )
+        if keep is not None:  # one change at a time teaches more than a random walk of the rate
+            with torch.no_grad():
+                self._model.policy.action_net.bias[keep] += config.restraint
 
     def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
         """One rollout of whole episodes, then its epochs of updates."""

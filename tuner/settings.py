@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.errors import BadInput
-from envs.task import Adapter, Task, TASKS, find
+from envs.task import TASKS, Adapter, Task, find
 
 
 class ApplyConfig(BaseModel):

@@ -17,12 +17,12 @@ Target = Callable[[Table, float, int, int], float]
 
 
 def q_learning(table: Table, reward: float, state: int, action: int) -> float:
-    """reward + max_a Q(s', a): off-policy TD(0), discount 1 (Sutton & Barto 2018, eq. 6.8)."""
+    """Reward + max_a Q(s', a): off-policy TD(0), discount 1 (Sutton & Barto 2018, eq. 6.8)."""
     return reward + float(table[state].max())
 
 
 def sarsa(table: Table, reward: float, state: int, action: int) -> float:
-    """reward + Q(s', a'): on-policy TD(0), discount 1 (Sutton & Barto 2018, eq. 6.7)."""
+    """Reward + Q(s', a'): on-policy TD(0), discount 1 (Sutton & Barto 2018, eq. 6.7)."""
     return reward + float(table[state, action])
 
 

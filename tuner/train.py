@@ -35,7 +35,7 @@ from tuner.recorder import Recorder
 from tuner.tabular import TabularAgent, TabularConfig, q_learning, sarsa
 
 Algorithm = Literal["ppo", "dqn", "q-learning", "sarsa"]
-SURVEY = 3  # random episodes of each environment that fix the normaliser
+SURVEY = 2  # random episodes of each environment that fix the normaliser
 CONSTANT = 1e-3  # a feature that deviates less in training is mute: nothing was learned of it
 MUTE = 1e6  # the deviation that a mute feature is divided by
 FLOOR = 0.05  # least deviation of any other
@@ -48,10 +48,11 @@ class TrainConfig(BaseModel):
 
     agent: Algorithm = Field("ppo", description="learner: ppo, dqn, q-learning or sarsa")
     tasks: tuple[str | dict[str, Any], ...] = Field(
-        ("trec6", "sms", "movie", "amazon", "tweets"), description="training tasks to draw from"
+        ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
+        description="training tasks to draw from",
     )
-    iterations: int = Field(40, ge=1, le=100_000, description="rollouts, each of whole episodes")
-    episodes: int = Field(4, ge=1, le=100, description="episodes of an environment in a rollout")
+    iterations: int = Field(60, ge=1, le=100_000, description="rollouts, each of whole episodes")
+    episodes: int = Field(2, ge=1, le=100, description="episodes of an environment in a rollout")
     envs: int = Field(8, ge=1, le=256, description="environments stepped together")
     processes: bool = Field(True, description="one process for each environment")
     steps: int = Field(50, ge=1, description="updates in an episode, before it is varied")
@@ -77,7 +78,9 @@ class TrainConfig(BaseModel):
 
 
 def train(
-    config: TrainConfig, out: Path, on_iteration: Callable[[int, dict[str, Any]], None] | None = None
+    config: TrainConfig,
+    out: Path,
+    on_iteration: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> Policy:
     """Train a tuner; write ``policy.safetensors``, ``train.jsonl`` and a checkpoint to ``out``.
 
@@ -154,7 +157,8 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
 
     decisions = config.task_list()[0].decisions
     if config.agent == "ppo":
-        return PPOAgent(envs, decisions, normaliser, PPOConfig(episodes=config.episodes))
+        keep = config.actions().keep if config.view == "discrete" else None
+        return PPOAgent(envs, decisions, normaliser, PPOConfig(episodes=config.episodes), keep)
     return DQNAgent(envs, decisions, normaliser, DQNConfig(episodes=config.episodes))
 
 

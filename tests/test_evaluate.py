@@ -1,0 +1,126 @@
+"""The tuner as a contestant, and the comparison end to end on tiny real runs."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fakes import FakeJob
+from test_method import MethodConformance
+from test_policy import example
+
+from baselines.compare import outcomes
+from baselines.ledger import Ledger
+from baselines.method import Arena
+from envs.env import FineTuneEnv
+from envs.errors import BadInput
+from envs.job import TorchJob
+from envs.task import TASKS, Task
+from tuner.evaluate import PolicyMethod, make_method, run_comparison, write_report
+from tuner.settings import CompareConfig
+
+
+def quiet(number, total, words):
+    pass
+
+
+class TestOneSteeredRun(MethodConformance):
+    @pytest.fixture
+    def method(self):
+        return PolicyMethod(example("ppo"))
+
+
+class TestSeveralSteeredRuns(MethodConformance):
+    @pytest.fixture
+    def method(self):
+        return PolicyMethod(example("ppo"), "best of 3", 3)
+
+
+class Scripted:
+    """A policy that takes given actions in turn, and is never out of range."""
+
+    def __init__(self, actions):
+        self.manifest, self.sha256 = example("ppo").manifest, "0" * 64
+        self._actions, self.seen = iter(actions), []
+
+    def act(self, observation):
+        self.seen.append(np.array(observation))
+        return next(self._actions)
+
+    def outside(self, observation):
+        return []
+
+
+def test_a_contestant_sees_and_does_what_the_environment_does(tiny_task):
+    """The same job through FineTuneEnv and through the arena: equal observations and rates."""
+    task, rate, script = tiny_task(), 3e-3, [4, 2, 5, 1, 2]
+    env = FineTuneEnv(task, spread=0.0)
+    observation, _ = env.reset(seed=0, options={"rate": rate})
+    seed = int(np.random.default_rng(0).integers(5))
+    opened = []
+
+    def same_job(task, _, knobs):
+        opened.append(TorchJob(task, seed, knobs))
+        return opened[-1]
+
+    env = FineTuneEnv(task, spread=0.0, make_job=same_job)
+    observation, _ = env.reset(seed=0, options={"rate": rate})
+    seen, rates = [observation], []
+    for action in script:
+        observation, _, over, _, info = env.step(action)
+        seen.append(observation)
+        rates.append(info["rate"])
+    assert over
+    arena, policy = Arena(task, seed, rate, 9), Scripted(script)
+    PolicyMethod(policy).run(arena)
+    assert [point.rate for point in arena.trials[0].curve] == rates
+    assert all(np.array_equal(a, b) for a, b in zip(policy.seen, seen[:-1], strict=True))
+
+
+def test_later_runs_start_where_the_best_ended():
+    task = Task("trec6", steps=20, interval=2)
+    starts = []
+
+    def opened(task, seed, knobs):
+        starts.append(knobs.rate)
+        return FakeJob(task, seed, knobs)
+
+    arena = Arena(task, 0, 1e-4, 9, opened)
+    PolicyMethod(Scripted([4] + [2] * 29), runs=3).run(arena)
+    assert starts[0] == 1e-4
+    assert starts[1] == pytest.approx(1e-3)
+    assert 10**-0.3 <= starts[2] / 1e-3 <= 10**0.3
+
+
+def test_a_comparison_end_to_end(tiny_task, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "tiny", replace(tiny_task()))
+    config = CompareConfig(tasks=("tiny",), training=("tiny",), seeds=2, search_seeds=1, runs=3,
+                           methods=("keep", "fixed", "random"), workers=0, best_of=2)  # fmt: skip
+    run_comparison(config, [example("ppo")], tmp_path, quiet)
+    first = outcomes(Ledger(tmp_path / "ledger.sqlite"))
+    counts = {
+        name: sum(o["method"] == name for o in first) for name in {o["method"] for o in first}
+    }
+    assert counts == {"keep": 2, "steersman": 2, "fixed": 2, "random": 1,
+                      "steersman best of 2": 1}  # fmt: skip
+    assert len({(o["seed"], o["start_rate"]) for o in first}) == 2
+    run_comparison(config, [example("ppo")], tmp_path, quiet)  # nothing is left to do
+    assert repr(outcomes(Ledger(tmp_path / "ledger.sqlite"))) == repr(first)
+    summary = write_report(tmp_path)
+    assert summary["steered"] == "steersman"
+    page = (tmp_path / "report.html").read_text()
+    assert "steersman" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert json.loads((tmp_path / "summary.json").read_text())["cells"] == 2
+
+
+def test_unknown_methods_are_refused_with_the_nearest():
+    with pytest.raises(BadInput, match="Did you mean 'tpe'"):
+        make_method("tpee")
+    with pytest.raises(BadInput):
+        make_method("keep+hyperband")
+
+
+def test_a_folder_without_a_comparison_has_no_report(tmp_path):
+    with pytest.raises(BadInput, match="no comparison"):
+        write_report(tmp_path)
