@@ -39,9 +39,10 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
-bench: install
+bench: demo
 	$(BIN)/python benchmarks/env_overhead.py
 	$(BIN)/python benchmarks/callback_overhead.py
+	$(BIN)/python benchmarks/demo.py --run $(RUN)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

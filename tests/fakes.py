@@ -21,8 +21,8 @@ from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
 from envs.task import Split, Task
 
-OPTIMUM = 2e-3
-PARAMETERS = 150_000  # `reference_rate` of so many is `OPTIMUM`
+PARAMETERS = 150_000
+OPTIMUM = reference_rate(PARAMETERS, "adamw", "full")
 FLOOR, FIRST = 0.2, 1.6  # nats
 
 TASK = Task("fake", rows=64, batch=8, steps=20, interval=2, selection_rows=24, test_rows=24)

@@ -103,8 +103,8 @@ def test_every_action_of_a_space_can_be_decoded(actions, seed):
 
 @pytest.mark.parametrize(
     "action",
-    [-1, Actions().size, 10**30, 1.0, np.float32(3), True, None, "3", [1, 2], [], [[1], [2, 3]], math.nan,
-     np.zeros((50, 50), int)],
+    [-1, Actions().size, 10**30, 1.0, np.float32(3), True, None, "3", [1, 2], [], [[1], [2, 3]],
+     math.nan, np.zeros((50, 50), int)],
 )  # fmt: skip
 def test_what_is_no_discrete_action_is_said_to_be_none(action):
     with pytest.raises(BadInput, match=r"^action: ") as error:

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-import pytest
 from test_policy import example
 from transformers import Trainer, TrainingArguments
 
-from envs import catalog, workload
+from envs import workload
 from tuner import policy
 from tuner.apply import TokenDataset
 
@@ -37,7 +36,6 @@ def test_the_callback_example_runs(tiny_task, tmp_path, monkeypatch):
     assert len(Path("out/tuner.jsonl").read_text().splitlines()) >= 10
 
 
-@pytest.mark.skipif(not (catalog.cache_dir() / "corpora").is_dir(), reason="data not fetched")
 def test_the_environment_example_runs():
     names = {}
     exec(BLOCKS[1], names)

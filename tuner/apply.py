@@ -122,7 +122,6 @@ def _run(
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
-        dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Trainer(

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,7 +63,7 @@ def steer(arena: Arena, policy: Policy, start: float, mode: str) -> tuple[Trial,
     job = arena.open(knobs)
     best, curve, state = Best(), list[Point](), "complete"
     ended = start
-    helm = Helm(policy, replace(limits_of(mode), switch=True), start)
+    helm = Helm(policy, limits_of(mode), start)
     try:
         first = job.evaluate("validation").loss
         history, lowest, snapshot = [report_start(job, first)], first, job.snapshot()

@@ -215,6 +215,7 @@ def iteration_seed(seed: int, number: int) -> int:
 def _make_env(tasks: list[Task], config: TrainConfig) -> FineTuneEnv:
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
     return FineTuneEnv(
         tasks,
