@@ -12,7 +12,8 @@ from typing import Any
 from envs import catalog
 from envs.errors import BadInput
 
-_JUDGES = ("crew.py", "identity.py", "ledger.py", "report.py", "stats.py")  # they make no outcome
+# They make no outcome.
+_JUDGES = ("crew.py", "figures.py", "identity.py", "ledger.py", "report.py", "stats.py")
 
 
 def describe(thing: object) -> dict[str, Any]:

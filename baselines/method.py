@@ -2,13 +2,13 @@
 
 A `Method` gets an `Arena`. It opens jobs there, drives them through the `Job` seam, and hands
 in trials. Every update and every evaluation is charged to one `Budget`. The test split is
-closed to methods; the arena reads it when a trial is handed in, and tells nobody.
+closed to methods; the arena reads it when a trial is handed in, and does not tell the method.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from envs.env import MakeJob
@@ -131,12 +131,13 @@ class Best:
     score: Score = field(default_factory=lambda: Score(math.inf, -math.inf))
     snapshot: Snapshot | None = None
 
-    def offer(self, score: Score, job: MeteredJob) -> None:
-        """Keep this checkpoint if it is better than the best so far."""
-        if not math.isfinite(score.loss):
-            return
-        if (score.metric, -score.loss) > (self.score.metric, -self.score.loss):
-            self.score, self.snapshot = score, job.snapshot()
+    def offer(self, score: Score, job: MeteredJob) -> bool:
+        """Keep this checkpoint if it is better than the best so far -> whether it was."""
+        better = (score.metric, -score.loss) > (self.score.metric, -self.score.loss)
+        if not (math.isfinite(score.loss) and better):
+            return False
+        self.score, self.snapshot = score, job.snapshot()
+        return True
 
 
 class Arena:
@@ -169,7 +170,10 @@ class Arena:
     def hand_in(
         self, job: MeteredJob, best: Best, curve: list[Point], state: str, knobs: Knobs
     ) -> Trial:
-        """Close a run: its best checkpoint is judged on the test split, once."""
+        """Close a run: its best checkpoint is judged on the test split, once.
+
+        The trial comes back without the test score; ``trials`` is for the referee.
+        """
         _, inner = self._open.pop(id(job))
         test = Score(math.inf, 0.0)
         if best.snapshot is not None:
@@ -180,7 +184,7 @@ class Arena:
             test.metric, test.loss, state, job.step, self.budget.spent, tuple(curve),
         )  # fmt: skip
         self.trials.append(trial)
-        return trial
+        return replace(trial, test=math.nan, test_loss=math.nan)
 
     def outcome(self, method: str, **extra: Any) -> dict[str, Any]:
         """The cell's raw outcome, JSON-ready but for NaN and inf."""

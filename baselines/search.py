@@ -24,7 +24,7 @@ NO_DECAY = 1e-4  # a weight decay drawn below this is none
 
 @dataclass(frozen=True)
 class Search:
-    """Optuna over the same reach as the tuner's, until the budget is spent.
+    """Optuna over at least the reach of the tuner, until the budget is spent.
 
     Space: rate, log-uniform within ``decades`` either way of ``center``; shape of the schedule;
     warm-up, 0 to 0.2 of the steps; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none

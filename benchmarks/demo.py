@@ -16,8 +16,8 @@ summary = json.loads((arguments.run / "summary.json").read_text())
 rows = {row["name"]: row for row in summary["methods"]}
 trained = policy.load(arguments.run / "policy.safetensors")
 figures = {
-    "what": "a tuner trained within the demonstration, one run each on held-out tasks from starting "
-    "rates misjudged by up to 1.5 decades",
+    "what": "a tuner trained within the demonstration, on held-out tasks, from starting rates "
+    "misjudged by up to 1.5 decades",
     "bar": "probability of improvement over keeping the rate at least 0.8",
     "steered_is_better": {name: row["chance"] for name, row in rows.items() if row.get("chance")},
     "trials_to_match": summary["match"],

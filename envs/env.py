@@ -24,9 +24,9 @@ from envs.knobs import (
     reference_rate,
     turn,
 )
-from envs.observe import observe, space
+from envs.observe import mean_loss, observe, space
 from envs.progress import Context, Progress
-from envs.reward import CEILING, PENALTY, log_gain, potential
+from envs.reward import CEILING, PENALTY, gain, potential
 from envs.task import Task, find, vary
 
 MakeJob = Callable[[Task, int, Knobs], Job]
@@ -45,15 +45,15 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         validation loss as log-ratios and slopes, noise, gradient and update statistics, the last
         decision, and the size of the job. Nothing in it ties it to one job; never NaN.
 
-    Action: discrete by default (``envs.knobs.Actions``): multiply the rate by 0.1, 0.3, 1 (keep),
-        3 or 10; or roll back to the weights with the best validation loss and halve
-        the rate. ``Actions(optimizers=...)`` adds a switch to each. The continuous view is
+    Action: discrete by default (``envs.knobs.Actions``): multiply the rate by 0.1, 0.3, 1 (keep)
+        or 3; or roll back to the weights with the best validation loss seen and halve the rate.
+        ``Actions(optimizers=...)`` adds a switch to each. The continuous view is
         ``Box(-1, 1, (2,))``: decades to move the rate by, and rollback if above 0.5. The rate
         stays within 1.5 decades of the start; the schedule's shape multiplies it. The first
         action is taken before the first update.
 
-    Reward: the drop of log validation loss in the interval, in nats. It telescopes, so with a
-        discount of 1 the return is the log-ratio of the first to the final validation loss.
+    Reward: the rise, in the interval, of the signed square root of log(first / present validation
+        loss). It telescopes, so with a discount of 1 the return is the final quality alone.
         Divergence ends the episode at the lower bound of -1 and costs 1 more.
 
     Start: pretrained weights, a new head, a new data order, and a rate drawn within ``spread``
@@ -132,7 +132,8 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         self._start, self._over = knobs.rate, False
         self._hidden = bool(self.np_random.random() < self._blind)
         score = self._job.evaluate("validation")
-        self._first = self._loss = self._best = score.loss
+        self._first = self._loss = score.loss
+        self._best = math.inf if self._hidden else score.loss
         self._snapshot = self._job.snapshot()
         shown = math.nan if self._hidden else score.loss
         self._history = [report_start(self._job, shown)]
@@ -156,10 +157,11 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         reason = divergence(progress, score.loss, self._first)
         before = self._loss
         if reason is None:
-            reward = log_gain(before, score.loss, self._first)
+            reward = gain(before, score.loss, self._first)
             self._loss = score.loss
-            if score.loss < self._best:
-                self._best, self._snapshot = score.loss, job.snapshot()
+            seen = mean_loss(progress) if self._hidden else score.loss
+            if seen < self._best:
+                self._best, self._snapshot = seen, job.snapshot()
         else:
             reward = -CEILING - potential(before, self._first) - PENALTY
         self._over = reason is not None or job.step >= job.task.steps

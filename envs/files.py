@@ -7,6 +7,14 @@ from pathlib import Path
 from envs.errors import RunFailed
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents; `RunFailed` when the disk refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFailed(f"{path}: cannot be made: {error.strerror or error}") from error
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``; a crash at any point leaves the old file or the new one.
 
@@ -15,7 +23,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -7,17 +7,20 @@ PENALTY = 1.0  # extra cost of divergence, on the scale of the return
 
 
 def potential(loss: float, start: float) -> float:
-    """Quality of a validation loss: -log(loss / start), bounded below by -CEILING.
+    """Quality of a validation loss: the signed square root of log(start / loss).
 
-    Both losses in nats, start > 0. Not finite, or missing: the lower bound.
+    Both losses in nats, start > 0; bounded below by -CEILING, which is also the value of a loss
+    that is not finite or missing. Without the root, easy tasks, whose loss falls by a factor of
+    ten, drown hard ones, where a tenth off is much (docs/adr/0004-reward.md).
     """
     if not (math.isfinite(loss) and math.isfinite(start) and start > 0):
         return -CEILING
-    return max(-CEILING, -math.log(max(loss, 1e-4) / start))
+    fall = -math.log(max(loss, 1e-4) / start)
+    return max(-CEILING, math.copysign(math.sqrt(abs(fall)), fall))
 
 
-def log_gain(before: float, after: float, start: float) -> float:
-    """Improvement of the validation loss in one interval, in nats.
+def gain(before: float, after: float, start: float) -> float:
+    """Rise of the potential in one interval.
 
     It telescopes: the sum over a run is the final potential, so with a discount of 1 the
     return is the final quality (Ng et al. 1999; Wu et al. 2018 on why not to discount).

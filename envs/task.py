@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -105,8 +106,8 @@ class Task:
 
     @property
     def name(self) -> str:
-        """``dataset/model``, the short name of a table or a plot."""
-        return f"{self.dataset}/{self.model}"
+        """``dataset/model``, the short name of a table or a plot; of paths the last part."""
+        return f"{PurePath(self.dataset).name}/{PurePath(self.model).name}"
 
 
 _MINILM: dict[str, Any] = {

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from baselines import report, stats
+from baselines import figures, report, stats
+from baselines.figures import INK
 from envs.knobs import Knobs
 
 
@@ -220,7 +221,7 @@ def test_every_figure_has_words_and_follows_the_page(written):
     folder, _, text = written
     figures = text.count("<svg")
     assert figures == text.count('role="img" aria-label="') == text.count("<figure")
-    assert report.INK not in text
+    assert INK not in text
     assert "var(--ink)" in text
     files = sorted(path.name for path in folder.glob("figures/*.png"))
     assert len(files) == figures
@@ -243,13 +244,13 @@ def test_provenance_comes_from_the_outcomes(written):
 
 
 def test_one_colour_for_each_method(summary):
-    styles = report.styles(summary)
+    styles = figures.styles(summary)
     assert len({colour for colour, _ in styles.values()}) == len(styles) == 3
 
 
 def test_nothing_to_report():
     empty = report.summarise([])
-    text = report.render(empty, report.figures(empty))
+    text = report.render(empty, figures.draw_all(empty))
     assert "nothing can be said" in text
 
 

@@ -59,7 +59,7 @@ def learned(target, explore_to, iterations=400):
         power=0.75,
         bins=(("cell", (0.5, 1.5, 2.5, 3.5)), ("late", (1.0,))),
     )
-    agent = TabularAgent(target, 3, config, features=FEATURES)
+    agent = TabularAgent(target, 3, 2, config, features=FEATURES)
     envs = SyncVectorEnv([Corridor] * 4, autoreset_mode=AutoresetMode.SAME_STEP)
     for i in range(iterations):
         agent.learn(envs, seed=i, share=i / iterations)
@@ -106,3 +106,10 @@ def test_unvisited_pairs_are_never_chosen():
     agent.table[:, 2] = 99.0
     _, arrays = agent.network()
     assert not (arrays["table"][..., 2] == arrays["table"].max()).any()
+
+
+def test_in_a_state_never_met_the_rate_is_kept():
+    agent, _ = learned(q_learning, 0.1, 3)
+    agent.visits[7] = 0
+    _, arrays = agent.network()
+    assert arrays["table"].reshape(-1, 3)[7].argmax() == agent.keep

@@ -19,7 +19,8 @@ from test_report import outcome, trial
 from baselines.ledger import Ledger, key_of
 from envs.errors import BadInput, RunFailed
 from tuner import tracking
-from tuner.tracking import default_uri, fetch_policy, gather, mirror, mirroring, open_policy
+from tuner.folder import _numbers, gather
+from tuner.tracking import default_uri, fetch_policy, mirror, mirroring, open_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader")  # mlflow's of SQLAlchemy
 
@@ -303,7 +304,7 @@ def test_long_curves_are_thinned_to_the_same_points():
     def lines(count):
         return [{"step": i, "loss": 1.0} for i in range(count)]
 
-    few, many = tracking._numbers(lines(3000), "step"), tracking._numbers(lines(9000), "step")
+    few, many = _numbers(lines(3000), "step"), _numbers(lines(9000), "step")
     assert len(few) == 1500
     assert len(many) <= 2000
     assert {n for n in many if n[2] < 3000} <= set(few)

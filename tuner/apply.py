@@ -1,20 +1,25 @@
 """A task fine-tuned by transformers' Trainer with a policy at the tiller."""
 
 import json
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from envs import workload
-from envs.errors import BadInput
+from envs.errors import BadInput, RunFailed
 from envs.files import write_atomic
 from envs.knobs import Knobs, reference_rate
 from envs.task import Task
+from tuner.app import Terminated
 from tuner.callback import TunerCallback
 from tuner.policy import Policy
 from tuner.settings import ApplyConfig
@@ -22,6 +27,7 @@ from tuner.settings import ApplyConfig
 Tick = Callable[[int, int, str], None]
 SEAL = "complete.json"  # written last into a checkpoint: the sizes of its files
 CHECKPOINTS = 4  # in a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class TokenDataset(Dataset[dict[str, Any]]):
@@ -44,14 +50,38 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, keeps the loss curve, and seals each checkpoint when it is whole."""
+    """Shows progress, saves when a signal arrives, and seals each checkpoint when it is whole.
+
+    Comes after the tuner's callback, whose files belong to the checkpoint.
+    """
 
     def __init__(self, tick: Tick, words: str) -> None:
         self._tick, self._words = tick, words
+        self.stopped: BaseException | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An update is done."""
         self._tick(state.global_step, state.max_steps, self._words)
+        if self.stopped is not None:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """The first signal saves and stops at the next update; it is raised at the end."""
+
+        def hear(number: int, frame: FrameType | None) -> None:
+            if self.stopped is not None:
+                raise self.stopped
+            self.stopped = KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+
+        before = {number: signal.signal(number, hear) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.stopped is not None:
+            raise self.stopped
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer does not save atomically: a checkpoint counts once this is written."""
@@ -73,12 +103,14 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     folder = out / "steered" / name
     summary_path = folder / "summary.json"
     identity = {"config": config.model_dump(mode="json"), "sha256": policy.sha256}
-    if summary_path.is_file():
-        done: dict[str, Any] = json.loads(summary_path.read_text())
-        if {key: done.get(key) for key in identity} == identity:
-            tick(task.steps, task.steps, "done before")
-            return done
+    identity_path = folder / "identity.json"
+    if identity_path.is_file() and json.loads(identity_path.read_text()) != identity:
         raise BadInput(f"{folder}: holds another steered run; choose another --out")
+    if summary_path.is_file():
+        tick(task.steps, task.steps, "done before")
+        done: dict[str, Any] = json.loads(summary_path.read_text())
+        return done
+    write_atomic(identity_path, json.dumps(identity).encode())
     result: dict[str, Any] = {
         **identity,
         "task": task.name,
@@ -89,7 +121,11 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
         "folder": str(folder),
     }
     if config.keep:
-        result["keep"] = _run(task, load, knobs, config, folder / "keep", None, tick)
+        kept = folder / "keep" / "result.json"
+        if not kept.is_file():
+            unsteered = _run(task, load, knobs, config, folder / "keep", None, tick)
+            write_atomic(kept, json.dumps(unsteered).encode())
+        result["keep"] = json.loads(kept.read_text())
     steered = _run(task, load, knobs, config, folder, policy, tick)
     lines = "".join(json.dumps(row) + "\n" for row in steered.pop("curve"))
     write_atomic(folder / "curve.jsonl", lines.encode())
@@ -130,10 +166,7 @@ def _run(
         train_dataset=TokenDataset(load.rows["train"]),
         eval_dataset=TokenDataset(load.rows["validation"]),
     )
-    from transformers import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(tick, "steered" if policy else "unsteered"))
     start = trainer.evaluate()["eval_loss"]
     if policy is not None:
         trainer.add_callback(
@@ -146,7 +179,10 @@ def _run(
                 log=folder / "audit.jsonl",
             )
         )
-    trainer.train(resume_from_checkpoint=_last_whole(folder / "checkpoints"))
+    watch = Watch(tick, "steered" if policy else "unsteered")
+    trainer.add_callback(watch)
+    with watch.listening(), full_disk(folder):
+        trainer.train(resume_from_checkpoint=_last_whole(folder / "checkpoints", task.steps))
     final = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / "model"))
     curve = [
@@ -168,12 +204,27 @@ def _accuracy(trainer: Trainer, rows: workload.Tokens) -> float:
     return float((logits.argmax(-1) == rows.labels.numpy()).mean())
 
 
-def _last_whole(folder: Path) -> str | None:
-    """The newest checkpoint whose files all have the size they were sealed with."""
-    found = sorted(
-        folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True
-    )
-    for path in found:
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """A disk that refuses a checkpoint is a failure at run time, in one line."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError, OSError) as error:
+        if "space" in str(error).lower() or "write" in str(error).lower():
+            reason = str(error).splitlines()[0][:200]
+            raise RunFailed(f"{folder}: a checkpoint cannot be written: {reason}") from error
+        raise
+
+
+def _last_whole(folder: Path, steps: int) -> str | None:
+    """The newest checkpoint, short of the end, whose files have the size they were sealed with.
+
+    Not one at the end: the Trainer would make one update more than ``max_steps`` from there.
+    """
+    found = {int(path.name.partition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for step, path in sorted(found.items(), reverse=True):
+        if step >= steps:
+            continue
         try:
             sizes = json.loads((path / SEAL).read_text())
             if all((path / name).stat().st_size == size for name, size in sizes.items()):

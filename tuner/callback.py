@@ -17,7 +17,6 @@ from envs.job import finite
 from envs.knobs import Knobs, Optimizer
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
-from tuner import policy as artifacts
 from tuner.audit import Pilot
 from tuner.guard import alarm, limits_of
 from tuner.instruments import (
@@ -382,11 +381,9 @@ def _load(given: str | Path | Pilot, sha256: str | None) -> Pilot:
         return given
     if str(given) == "default":
         raise BadInput("policy: 'default': no default policy is shipped yet; give a path")
-    if str(given).startswith(("models:/", "runs:/")):
-        from tuner.tracking import fetch_policy
+    from tuner.tracking import open_policy
 
-        given = fetch_policy(str(given))
-    return artifacts.load(given, sha256)
+    return open_policy(str(given), sha256)
 
 
 def _saved(stored: Any) -> dict[str, Any] | None:

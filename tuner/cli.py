@@ -90,7 +90,6 @@ def train(config: TrainConfig, out: Out = Path("runs/tuner"), mlflow: Uri = None
     torch.set_num_threads(1)
     config.task_list()
     config.actions()
-    save_config(out, "train", config)
     with mirrored(out, mlflow), progress(f"train {config.agent}") as tick:
         tick(0, config.iterations, "")
 
@@ -98,6 +97,7 @@ def train(config: TrainConfig, out: Out = Path("runs/tuner"), mlflow: Uri = None
             tick(number, config.iterations, f"return {row['return_mean']:+.3f}")
 
         policy = learn(config, out, on_iteration)
+        save_config(out, "train", config)
     console.print(f"{out / 'policy.safetensors'}  sha256 {policy.sha256}")
 
 
@@ -119,9 +119,10 @@ def apply(
     from tuner.tracking import open_policy
 
     loaded = open_policy(policy)
-    save_config(out, "apply", config)
+    config.job()
     with mirrored(out, mlflow), progress("steer") as tick:
         summary = steer_trainer(loaded, config, out, tick)
+        save_config(out, "apply", config)
     for name, run in (("steered", summary), ("unsteered", summary.get("keep"))):
         if run:
             console.print(
@@ -150,10 +151,11 @@ def compare(
     from tuner.tracking import open_policy
 
     loaded = [open_policy(name) for name in policies or []]
-    save_config(out, "compare", config)
+    config.jobs(config.tasks)
     with mirrored(out, mlflow):
         with progress("compare") as tick:
             run_comparison(config, loaded, out, tick)
+        save_config(out, "compare", config)
         show(out)
 
 
@@ -169,7 +171,8 @@ def report(
     """
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give the --out of a comparison")
-    show(folder)
+    if (folder / "ledger.sqlite").is_file() or not sync:
+        show(folder)
     if sync:
         from tuner.tracking import mirror
 
@@ -237,7 +240,10 @@ def save_config(out: Path, command: str, config: Any) -> None:
     from envs.files import write_atomic
 
     path = out / "config.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        known = {}  # damaged by hand; what this command knows is written anew
     known[command] = config.model_dump(mode="json")
     write_atomic(path, (json.dumps(known, indent=1) + "\n").encode())
 

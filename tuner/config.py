@@ -72,6 +72,9 @@ def resolve(model: type[M], path: Path | None, flags: dict[str, Any]) -> M:
         name = str(first["loc"][0]) if first["loc"] else "configuration"
         where = f"--{name.replace('_', '-')}" if name in flags else f"{path}: {name}"
         value = str(first.get("input"))[:80]
+        if first["type"] == "literal_error":
+            choices = typing.get_args(model.model_fields[name].annotation)
+            raise BadInput(f"{where}: {UnknownName('value', value, map(str, choices))}") from None
         raise BadInput(f"{where}: {value!r}: {first['msg'].lower()}; see --help") from None
 
 

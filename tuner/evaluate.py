@@ -11,11 +11,12 @@ import numpy as np
 
 from baselines import report
 from baselines.compare import compare, outcomes
-from baselines.ledger import Ledger
+from baselines.ledger import Ledger, key_of
 from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
 from baselines.schedules import STATIC, Fixed, best_fixed, grid
 from baselines.search import Search
 from envs.errors import BadInput, UnknownName
+from envs.files import make_folder
 from envs.job import report_start, with_validation
 from envs.knobs import RATE_CEILING, RATE_FLOOR, Knobs
 from tuner.guard import limits_of
@@ -24,6 +25,7 @@ from tuner.settings import CompareConfig
 from tuner.steer import Helm
 
 SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
+SHOWN = "cells of the latest comparison"
 KNOWN = (*STATIC, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS))
 
 
@@ -79,9 +81,8 @@ def steer(arena: Arena, policy: Policy, start: float, mode: str) -> tuple[Trial,
             if math.isfinite(loss) and loss < lowest:
                 lowest, snapshot = loss, job.snapshot()
             score = job.evaluate("selection")
-            if (score.metric, -score.loss) > (best.score.metric, -best.score.loss):
+            if best.offer(score, job):
                 ended = job.knobs.rate
-            best.offer(score, job)
             words = _words(ruling.decision.rollback, job.knobs.rate / before.rate)
             curve.append(
                 point(
@@ -127,10 +128,11 @@ def run_comparison(
             searches.append(
                 PolicyMethod(policy, f"{name} best of {config.best_of}", config.best_of)
             )
+    if not config.methods and not policies:
+        raise BadInput("compare: methods: none given; name one or give a policy")
+    make_folder(out)
     if "fixed" in config.methods:
         once.append(find_fixed(config, out, tick))
-    if not once and not searches:
-        raise BadInput("compare: methods: none given; name one or give a policy")
     found = []
     for methods, seeds in ((once, config.seeds), (searches, config.search_seeds)):
         if methods:
@@ -144,6 +146,8 @@ def run_comparison(
                 workers=config.workers,
                 on_cell=lambda done, total, cell: tick(done, total, _cell_words(cell)),
             )
+    keys = json.dumps([key_of(outcome["cell"]) for outcome in found])
+    Ledger(out / "ledger.sqlite").set_meta(SHOWN, keys)
     return found
 
 
@@ -175,9 +179,10 @@ def write_report(folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     config = folder / "config.json"
     facts = json.loads(config.read_text()) if config.is_file() else {}
-    return report.write(
-        folder, outcomes(Ledger(path)), steered=steered, training=training, facts=facts
-    )
+    ledger = Ledger(path)
+    shown = ledger.meta(SHOWN)
+    found = outcomes(ledger, None if shown is None else json.loads(shown))
+    return report.write(folder, found, steered=steered, training=training, facts=facts)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

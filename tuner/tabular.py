@@ -53,6 +53,7 @@ class TabularAgent:
 
     target: Target
     actions: int
+    keep: int  # the action of a state that was never met
     config: TabularConfig = TabularConfig()
     features: Sequence[str] = tuple(feature.name for feature in FEATURES)
     table: Table = field(init=False)
@@ -103,8 +104,12 @@ class TabularAgent:
         return {"epsilon": epsilon, "td_error": float(np.mean(errors)) if errors else 0.0}
 
     def network(self) -> tuple[Network, Arrays]:
-        """The table with its bins; never-visited pairs stay below every visited one."""
+        """The table with its bins; never-visited pairs stay below every visited one.
+
+        In a state that was never met the policy keeps the rate.
+        """
         values = np.where(self.visits > 0, self.table, self.table.min() - 1.0)
+        values[self.visits.sum(1) == 0, self.keep] = self.table.min()
         bins = [{"feature": name, "edges": list(edges)} for name, edges in self.config.bins]
         array = values.reshape(*self._shape, self.actions).astype(np.float32)
         return {"kind": "table", "bins": bins}, {"table": array}

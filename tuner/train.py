@@ -22,6 +22,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from pydantic import BaseModel, ConfigDict, Field
 
+from baselines.identity import code_version
 from envs import observe, workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
@@ -152,7 +153,8 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     """The learner that a configuration asks for."""
     if config.agent in ("q-learning", "sarsa"):
         target = q_learning if config.agent == "q-learning" else sarsa
-        return TabularAgent(target, config.actions().size, TabularConfig(episodes=config.episodes))
+        actions, tabular = config.actions(), TabularConfig(episodes=config.episodes)
+        return TabularAgent(target, actions.size, actions.keep, tabular)
     from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
 
     decisions = config.task_list()[0].decisions
@@ -267,6 +269,7 @@ def _save_checkpoint(
     torch.save(
         {
             "config": config.model_dump_json(),
+            "made_with": _made_with(config),
             "threads": torch.get_num_threads(),
             "agent": agent.state(),
             "mean": torch.from_numpy(normaliser.mean),
@@ -282,6 +285,13 @@ def _save_checkpoint(
     write_atomic(out / "train.jsonl", lines.encode())
 
 
+def _made_with(config: TrainConfig) -> dict[str, str]:
+    """What else decides the weights: code, libraries and data."""
+    data = {task.name: workload.load(task).fingerprint for task in config.task_list()}
+    libraries = {name: version(name) for name in ("torch", "transformers", "stable-baselines3")}
+    return {"code": code_version("tuner.train")} | libraries | data
+
+
 def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -294,6 +304,8 @@ def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any] | None:
     changed = {"iterations", "minutes"}
     if known.model_dump(exclude=changed) != config.model_dump(exclude=changed):
         raise BadInput(f"{path}: made with another configuration; choose another --out")
+    if saved["made_with"] != _made_with(config):
+        raise BadInput(f"{path}: made with other code or data; choose another --out")
     if saved["threads"] != torch.get_num_threads():
         raise BadInput(
             f"{path}: made with {saved['threads']} threads, now {torch.get_num_threads()}; "
