@@ -3,6 +3,8 @@
 import copy
 import functools
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,11 +224,26 @@ def _encoder(model: str) -> Any:
     return encoder
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bar, which lasts no time for what is loaded here."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _pretrained(factory: Any, model: str, **options: Any) -> Any:
     path = catalog.model_path(model)
     local = Path(path).is_dir()
     try:
-        return factory.from_pretrained(path, local_files_only=local, **options)
+        with _quietly():
+            return factory.from_pretrained(path, local_files_only=local, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise BadInput(

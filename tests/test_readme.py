@@ -29,7 +29,7 @@ def test_the_callback_example_runs(tiny_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load = workload.load(tiny_task())
     arguments = TrainingArguments("out", max_steps=12, report_to="none", disable_tqdm=True,
-                                  save_strategy="no")  # fmt: skip
+                                  save_strategy="no", dataloader_pin_memory=False)  # fmt: skip
     trainer = Trainer(load.module(0), arguments, train_dataset=TokenDataset(load.rows["train"]))
     exec(BLOCKS[0], {"trainer": trainer})
     assert trainer.state.global_step == 12

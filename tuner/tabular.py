@@ -39,8 +39,7 @@ class TabularConfig:
     bins: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("rate_vs_reference", (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25)),
         ("progress", (0.05, 0.5)),
-        ("validation_vs_best", (0.02, 0.2)),
-        ("train_vs_previous", (-0.02,)),
+        ("validation_vs_best", (0.05,)),
     )
 
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -134,7 +135,9 @@ def open_envs(config: TrainConfig) -> Iterator[VectorEnv]:
     try:
         yield envs
     finally:
-        envs.close(**({"terminate": True} if isinstance(envs, AsyncVectorEnv) else {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium warns of a step that was interrupted
+            envs.close(**({"terminate": True} if isinstance(envs, AsyncVectorEnv) else {}))
 
 
 def survey(recorder: Recorder, seed: int) -> Normaliser:
