@@ -127,6 +127,8 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
             write_atomic(kept, json.dumps(unsteered).encode())
         result["keep"] = json.loads(kept.read_text())
     steered = _run(task, load, knobs, config, folder, policy, tick)
+    for row in steered["curve"]:
+        row["rate"] = _peak(folder / "audit.jsonl", row["step"], knobs.rate)
     lines = "".join(json.dumps(row) + "\n" for row in steered.pop("curve"))
     write_atomic(folder / "curve.jsonl", lines.encode())
     result |= steered
@@ -186,7 +188,7 @@ def _run(
     final = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / "model"))
     curve = [
-        {"step": row["step"], "rate": row["learning_rate"], "train_loss": row["loss"]}
+        {"step": row["step"], "train_loss": row["loss"]}
         for row in trainer.state.log_history
         if "loss" in row
     ]
@@ -196,6 +198,16 @@ def _run(
         "curve": curve,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _peak(audit: Path, step: int, rate: float) -> float:
+    """The peak rate in force at the update that ended at ``step``."""
+    if audit.is_file():
+        for line in audit.read_text().splitlines():
+            decision = json.loads(line)
+            if decision["step"] < step:
+                rate = float(decision["applied"]["rate"])
+    return rate
 
 
 def _accuracy(trainer: Trainer, rows: workload.Tokens) -> float:
