@@ -45,9 +45,9 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         validation loss as log-ratios and slopes, noise, gradient and update statistics, the last
         decision, and the size of the job. Nothing in it ties it to one job; never NaN.
 
-    Action: discrete by default (``envs.knobs.Actions``): multiply the rate by 0.1, 0.3, 1 (keep)
-        or 3; or roll back to the weights with the best validation loss seen and halve the rate.
-        ``Actions(optimizers=...)`` adds a switch to each. The continuous view is
+    Action: discrete by default (``envs.knobs.Actions``): multiply the rate by 0.1, 0.3, 0.6, 1
+        (keep), 1.6, 3 or 10; or roll back to the weights with the best validation loss seen and
+        halve the rate. ``Actions(optimizers=...)`` adds a switch to each. The continuous view is
         ``Box(-1, 1, (2,))``: decades to move the rate by, and rollback if above 0.5. The rate
         stays within 1.5 decades of the start; the schedule's shape multiplies it. The first
         action is taken before the first update.

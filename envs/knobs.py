@@ -109,7 +109,7 @@ class Actions:
     """
 
     view: Literal["discrete", "continuous"] = "discrete"
-    multipliers: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)  # down fast, up with care
+    multipliers: tuple[float, ...] = (0.1, 0.3, 0.6, 1.0, 1.6, 3.0, 10.0)
     rollback: bool = True
     optimizers: tuple[Optimizer, ...] = ()
     span: float = 1.0  # decades

@@ -27,8 +27,8 @@ VIEWS = {
     "continuous, no rollback": Actions("continuous", rollback=False),
 }
 ACTIONS = {VIEWS["switching"].label(a): a for a in range(VIEWS["switching"].size)}
-KEEP, ROLLBACK, LOWEST, LOWER, HIGHER = (
-    ACTIONS[name] for name in ("keep", "rollback", "x0.1", "x0.3", "x3")
+KEEP, ROLLBACK, LOWEST, LOWER, HIGHER, HIGHEST = (
+    ACTIONS[name] for name in ("keep", "rollback", "x0.1", "x0.3", "x3", "x10")
 )
 ADAMW, SGD, RMSPROP = (ACTIONS[name] for name in ("adamw", "sgd", "rmsprop"))
 NAMES = [feature.name for feature in FEATURES]
@@ -224,22 +224,22 @@ def test_the_applied_rate_is_the_one_asked_for(tiny_task):
 def test_the_rate_stays_within_reach_of_the_start_in_the_optimizers_own_terms(tiny_task):
     """The bounds go along with a switch: keeping the rate keeps it."""
     env = FineTuneEnv(tiny_task(steps=40), actions=VIEWS["switching"], shape="constant")
-    env.reset(seed=0, options={"rate": 1e-5})
-    actions = (*[LOWEST] * 3, SGD, KEEP, *[HIGHER] * 7, ADAMW)
+    env.reset(seed=0, options={"rate": 1e-4})
+    actions = (*[LOWEST] * 3, SGD, KEEP, *[HIGHEST] * 4, ADAMW)
     rates = [env.step(action)[4]["rate"] for action in actions]
     share = exchange("adamw", "sgd", env.context.parameters, "full")
-    low, high = 1e-5 / EXPLORE, 1e-5 * EXPLORE
+    low, high = 1e-4 / EXPLORE, 1e-4 * EXPLORE
     assert rates[1] == rates[2] == pytest.approx(low)
     assert rates[3] == rates[4] == pytest.approx(low * share)
-    assert rates[11] == pytest.approx(high * share)
-    assert rates[12] == pytest.approx(high)
+    assert rates[8] == pytest.approx(high * share)
+    assert rates[9] == pytest.approx(high)
 
 
 def test_rolling_back_brings_back_the_best_weights_to_the_bit(tiny_task):
     env = FineTuneEnv(tiny_task(steps=24), shape="constant")
     _, info = env.reset(seed=0, options={"rate": 2e-2})
     kept = [(info["validation"], weights(env))]
-    for action in (KEEP, KEEP, HIGHER, HIGHER):
+    for action in (KEEP, KEEP, KEEP, HIGHEST):
         *_, info = env.step(action)
         kept.append((info["validation"], weights(env)))
     best = min(kept, key=lambda pair: pair[0])[1]
@@ -249,7 +249,7 @@ def test_rolling_back_brings_back_the_best_weights_to_the_bit(tiny_task):
     job.advance = lambda steps: (start.append(weights(env)), advance(steps))[1]
     observation, _, _, _, info = env.step(ROLLBACK)
     assert torch.equal(start[0], best)
-    assert info["rate"] == pytest.approx(1.8e-1 * ROLLBACK_FACTOR)
+    assert info["rate"] == pytest.approx(2e-1 * ROLLBACK_FACTOR)
     assert applied_rates(env) == {info["rate"]}
     assert feature(observation, "rolled_back") == 1
     assert env._job.step == 20  # the updates are spent all the same
@@ -324,7 +324,7 @@ def test_a_real_run_diverges_in_bounds(tiny_task):
     observation, _ = env.reset(seed=0, options={"rate": 10.0})
     total, terminated = 0.0, False
     while not terminated:
-        observation, reward, terminated, _, info = env.step(HIGHER)
+        observation, reward, terminated, _, info = env.step(HIGHEST)
         assert env.observation_space.contains(observation)
         total += reward
     assert info["reason"] is not None

@@ -53,7 +53,7 @@ class Scripted:
 
 def test_a_contestant_sees_and_does_what_the_environment_does(tiny_task):
     """The same job through FineTuneEnv and through the arena: equal observations and rates."""
-    task, rate, script = tiny_task(), 3e-3, [3, 2, 4, 1, 2]
+    task, rate, script = tiny_task(), 3e-3, [5, 3, 7, 1, 3]
     env = FineTuneEnv(task, spread=0.0)
     observation, _ = env.reset(seed=0, options={"rate": rate})
     seed = int(np.random.default_rng(0).integers(5))
@@ -86,7 +86,7 @@ def test_later_runs_start_where_the_best_ended():
         return FakeJob(task, seed, knobs)
 
     arena = Arena(task, 0, 1e-4, 9, opened)
-    PolicyMethod(Scripted([3] + [2] * 29), runs=3).run(arena)
+    PolicyMethod(Scripted([5] + [3] * 29), runs=3).run(arena)
     assert starts[0] == 1e-4
     assert starts[1] == pytest.approx(3e-4)
     assert 10**-0.3 <= starts[2] / 3e-4 <= 10**0.3

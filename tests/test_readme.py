@@ -33,7 +33,7 @@ def test_the_callback_example_runs(tiny_task, tmp_path, monkeypatch):
     trainer = Trainer(load.module(0), arguments, train_dataset=TokenDataset(load.rows["train"]))
     exec(BLOCKS[0], {"trainer": trainer})
     assert trainer.state.global_step == 12
-    assert len(Path("out/tuner.jsonl").read_text().splitlines()) >= 10
+    assert len(Path("out/tuner.jsonl").read_text().splitlines()) >= 3
 
 
 def test_the_environment_example_runs():

@@ -133,7 +133,7 @@ class Signpost(gymnasium.Env):
         return self._see(), {}
 
     def step(self, action):
-        reward = float(int(action) == (1 if self.sign < 0 else 4))
+        reward = float(int(action) == (1 if self.sign < 0 else 6))
         self.left -= 1
         return self._see(), reward, self.left == 0, False, {}
 
@@ -163,7 +163,7 @@ def test_network_agents_solve_a_signpost(kind):
                    "high": 1.0} for f in FEATURES],
     )  # fmt: skip
     seen = np.zeros(30, dtype=np.float32)
-    for sign, best in ((-1.0, 1), (1.0, 4)):
+    for sign, best in ((-1.0, 1), (1.0, 6)):
         seen[3] = sign
         assert trained.act(seen) == best
 

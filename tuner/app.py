@@ -40,11 +40,11 @@ def run(app: typer.Typer) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into this, without a word
+            raise KeyboardInterrupt
     except SteersmanError as error:
         code = _say(str(error), error.exit_code)
-    except typer.Abort:
-        code = _say("interrupted; repeat the command to go on", 130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         code = _say("interrupted; repeat the command to go on", 130)
     except Terminated:
         code = _say("terminated; repeat the command to go on", 143)

@@ -147,7 +147,8 @@ def _rescue(
     after = replace(state, events=state.events + 1, cooldown=COOLDOWN, strange=0)
     if after.events >= EVENTS:
         # Whoever explores does not trust the schedule: a rate that diverged is not taken up again.
-        multiplier = 1.0 if limits.gentle else min(1.0, rate / start * ROLLBACK_FACTOR)
+        lowest = 1.0 / limits.below
+        multiplier = 1.0 if limits.gentle else max(lowest, min(1.0, rate / start * ROLLBACK_FACTOR))
         after, ruling = switch_off(after, start, f"diverged again: {trouble}", multiplier)
         return after, replace(ruling, decision=Decision(rollback=True))
     low = start / limits.below

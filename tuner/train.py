@@ -63,6 +63,9 @@ class TrainConfig(BaseModel):
     vary: bool = Field(True, description="draw classes, rows, noise, batch and horizon too")
     blind: float = Field(0.1, ge=0, le=1, description="share of episodes without validation")
     view: Literal["discrete", "continuous"] = Field("discrete", description="action view")
+    multipliers: tuple[float, ...] = Field(
+        (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
+    )
     minutes: float = Field(0.0, ge=0, description="stop after so many minutes; 0: no limit")
     seed: int = Field(0, ge=0, description="seed of everything")
 
@@ -76,7 +79,7 @@ class TrainConfig(BaseModel):
         """The action view."""
         if self.view == "continuous" and self.agent != "ppo":
             raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
-        return Actions(view=self.view)
+        return Actions(view=self.view, multipliers=self.multipliers)
 
 
 def train(
