@@ -285,6 +285,7 @@ def test_outside_names_features_beyond_the_envelope_and_its_margin():
         policy.outside(np.zeros(3))
 
 
+@pytest.mark.slow  # a timed claim wants a quiet machine
 def test_a_decision_takes_less_than_a_fifth_of_a_millisecond():
     layers = [SIZE, 64, 64, 8]
     network = {"kind": "mlp", "layers": layers, "activation": "tanh"}
