@@ -128,6 +128,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
                 raise UnknownName("option of reset", name, OPTIONS)
         super().reset(seed=seed)
         task, knobs, job_seed = self._draw(options or {})
+        self._job = None  # frees its place in a pack
         self._job = self._make_job(task, job_seed, knobs)
         self._start, self._over = knobs.rate, False
         self._hidden = bool(self.np_random.random() < self._blind)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from envs import probe, workload
+from envs import optim, probe, workload
 from envs.errors import BadInput
 from envs.knobs import Decision, Knobs, factor
 from envs.progress import Context, Progress
@@ -75,18 +75,18 @@ class TorchJob:
         self.task = task
         self._load = workload.load(task)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        order, head, noise = (int(x) for x in _spread(seed, 3))
+        order, head, noise = (int(x) for x in spread(seed, 3))
         self._module = self._load.module(head).to(self._device)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._sampled = probe.sampled(self._parameters)
-        self._order = _batches(len(self._load.rows["train"]), task.batch, order)
-        self._random = _RandomState(noise, self._device)
+        self._order = batches(len(self._load.rows["train"]), task.batch, order)
+        self._random = RandomState(noise, self._device)
         self._probe = probe.Probe()
         self._step = 0
         self._knobs = knobs or Knobs()
         self._start_rate = self._knobs.rate
         self._size = sum(p.numel() for p in self._module.parameters())
-        self._optimizer = _optimizer(self._parameters, self._knobs)
+        self._optimizer = optim.make(self._parameters, self._knobs)
 
     @property
     def step(self) -> int:
@@ -155,7 +155,7 @@ class TorchJob:
         if knobs.optimizer != self._knobs.optimizer or knobs.weight_decay != (
             self._knobs.weight_decay
         ):
-            self._optimizer = _hand_over(self._optimizer, self._parameters, knobs)
+            self._optimizer = optim.hand_over(self._optimizer, self._parameters, knobs)
         self._knobs = knobs
 
     def evaluate(self, split: Split) -> Score:
@@ -192,7 +192,7 @@ class TorchJob:
         return result
 
 
-class _RandomState:
+class RandomState:
     """The random state of one job: dropout draws from torch's global one, so it is swapped in."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -242,67 +242,16 @@ def with_validation(
     return replace(progress, validation=validation, age=0, decision=decision)
 
 
-def _spread(seed: int, count: int) -> list[int]:
+def spread(seed: int, count: int) -> list[int]:
     """Independent seeds from one."""
     if seed < 0:
         raise BadInput(f"seed: {seed} is negative; give a whole number >= 0")
     return [int(x) for x in np.random.SeedSequence(seed).generate_state(count)]
 
 
-def _batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
+def batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of row numbers; a new order each epoch, the last short batch dropped."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(rows, generator=generator)
         yield from order[: rows - rows % batch].view(-1, batch)
-
-
-def _optimizer(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Optimizer:
-    """A fresh optimizer; weight decay on matrices only, as transformers does."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": knobs.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if knobs.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=knobs.rate, fused=True)
-    if knobs.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=knobs.rate, momentum=0.9)
-    return torch.optim.RMSprop(groups, lr=knobs.rate, alpha=0.99)
-
-
-_FIRST = {"adamw": "exp_avg", "sgd": "momentum_buffer", "rmsprop": None}
-_SECOND = {"adamw": "exp_avg_sq", "sgd": None, "rmsprop": "square_avg"}
-_DECAY = {"adamw": 0.999, "rmsprop": 0.99}  # of the second moment
-
-
-def _hand_over(
-    old: torch.optim.Optimizer, parameters: list[nn.Parameter], knobs: Knobs
-) -> torch.optim.Optimizer:
-    """A new optimizer that inherits the first and second moments the old one has.
-
-    A mean that decays by b has grown to 1 - b^steps of what it measures: the second moment is
-    rescaled to where the new optimizer's own would be.
-    """
-    new = _optimizer(parameters, knobs)
-    kind = {"AdamW": "adamw", "SGD": "sgd", "RMSprop": "rmsprop"}[type(old).__name__]
-    for parameter in parameters:
-        have = old.state.get(parameter, {})
-        first = have.get(_FIRST[kind] or "")
-        second = have.get(_SECOND[kind] or "")
-        step = have.get("step", torch.tensor(0.0)).to(parameter.device, copy=True)
-        if kind in _DECAY and knobs.optimizer in _DECAY:
-            share = (1 - _DECAY[knobs.optimizer] ** step) / (1 - _DECAY[kind] ** step)
-        if knobs.optimizer == "sgd" and first is not None:
-            # SGD's buffer sums gradients; AdamW's first moment averages them: times 1/(1-0.9).
-            new.state[parameter] = {
-                "momentum_buffer": first * 10.0 if kind == "adamw" else first.clone()
-            }
-        elif knobs.optimizer == "rmsprop" and second is not None:
-            new.state[parameter] = {"step": step.cpu(), "square_avg": second * share}
-        elif knobs.optimizer == "adamw" and second is not None:
-            new.state[parameter] = {
-                "step": step,
-                "exp_avg": first.clone() if first is not None else torch.zeros_like(parameter),
-                "exp_avg_sq": second * share,
-            }
-    return new

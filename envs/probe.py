@@ -81,13 +81,28 @@ class Probe:
         if not gradients or clipped is None or weights is None or update is None:
             return math.nan, 1.0, math.nan, math.nan
         last = gradients[-1]
-        dot = (
-            last @ gradients[0] if len(gradients) == 2 and len(gradients[0]) == len(last) else None
-        )
-        norms = [last.norm(), clipped.norm(), update.norm(), weights.norm(), gradients[0].norm()]
-        stacked = torch.stack([*norms, dot if dot is not None else last.new_tensor(math.nan)])
-        gradient, after, moved, size, other, product = stacked.tolist()
-        share = min(1.0, after / gradient) if gradient > 0 and math.isfinite(gradient) else 1.0
-        ratio = moved / size if size > 0 else math.nan
-        cosine = product / (gradient * other) if gradient * other > 0 else math.nan
-        return gradient, share, ratio, cosine
+        alike = len(gradients) == 2 and len(gradients[0]) == len(last)
+        first = gradients[0] if alike else torch.full_like(last, math.nan)
+        samples = (sample[None] for sample in (last, clipped, update, weights, first))
+        return reading(figures(*samples)[0].tolist())
+
+
+def figures(
+    last: Tensor, clipped: Tensor, update: Tensor, weights: Tensor, first: Tensor
+) -> Tensor:
+    """Samples of runs, (runs, entries) each -> (runs, 6) norms and a product, for `reading`.
+
+    last, first: gradients of the last update and of the one before it, NaN if there was none;
+    clipped: the last one's after clipping.
+    """
+    norms = [part.norm(dim=1) for part in (last, clipped, update, weights, first)]
+    return torch.stack([*norms, (last * first).sum(1)], 1)
+
+
+def reading(row: Sequence[float]) -> tuple[float, float, float, float]:
+    """A row of `figures` -> (gradient norm, clipped share, update ratio, gradient cosine)."""
+    gradient, after, moved, size, other, product = row
+    share = min(1.0, after / gradient) if gradient > 0 and math.isfinite(gradient) else 1.0
+    ratio = moved / size if size > 0 else math.nan
+    cosine = product / (gradient * other) if gradient * other > 0 else math.nan
+    return gradient, share, ratio, cosine

@@ -30,21 +30,26 @@ class MeanPoolClassifier(nn.Module):
     The signature is the one that transformers' ``Trainer`` calls.
     """
 
-    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(width, classes)
+        self.head = head
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """input_ids, attention_mask: (batch, length); labels: (batch,) -> loss and logits."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        logits = self.head((states * weights).sum(1) / weights.sum(1).clamp(min=1e-6))
+        logits = self.head(mean_pool(states, attention_mask))
         if labels is None:
             return {"logits": logits}
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
+    """(batch, length, width) states, (batch, length) mask -> (batch, width), over real tokens."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
 
 
 @dataclass(frozen=True)
@@ -76,20 +81,40 @@ class Workload:
         """
         task = self.task
         encoder = copy.deepcopy(_encoder(task.model))
-        width: int = encoder.config.hidden_size
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with _seeded(seed):
             if task.adapter == "lora":
                 encoder = _with_lora(encoder)
             elif task.trainable_layers is not None:
                 _freeze_below(encoder, task.trainable_layers)
-            module = MeanPoolClassifier(encoder, width, len(self.classes))
-            nn.init.normal_(module.head.weight, std=0.02)
-            nn.init.zeros_(module.head.bias)
+            module = MeanPoolClassifier(encoder, _new_head(self))
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = task.dropout
         return module
+
+    def drawn(self, seed: int) -> dict[str, Tensor]:
+        """The trained weights of `module` that depend on the seed, by name."""
+        if self.task.adapter == "lora":
+            named = self.module(seed).named_parameters()
+            return {name: p.detach() for name, p in named if p.requires_grad}
+        with _seeded(seed):
+            head = _new_head(self)
+        return {f"head.{name}": p.detach() for name, p in head.named_parameters()}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's own generator starts from the seed inside, and is what it was outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _new_head(load: Workload) -> nn.Linear:
+    head = nn.Linear(_encoder(load.task.model).config.hidden_size, len(load.classes))
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,8 +241,7 @@ def load_tokenizer(model: str) -> Any:
 def _encoder(model: str) -> Any:
     from transformers import AutoModel
 
-    with torch.random.fork_rng(devices=[]):  # weights that the files lack are drawn
-        torch.default_generator.manual_seed(0)
+    with _seeded(0):  # weights that the files lack are drawn
         encoder = _pretrained(AutoModel, model, dtype=torch.float32)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # not used by mean pooling; its weights would get no gradient

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from envs import workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
-from envs.job import _batches, _spread
+from envs.job import batches, spread
 from envs.knobs import Actions
 from envs.observe import FEATURES, SIZE
 from envs.task import Task
@@ -143,7 +143,7 @@ def config(**changes):
 
 
 def seeds(seed):
-    return [int(x) for x in _spread(seed, 3)]
+    return [int(x) for x in spread(seed, 3)]
 
 
 def train(task, folder, callback=None, *, seed=5, resume=None, recorder=None, extra=(),
@@ -151,7 +151,7 @@ def train(task, folder, callback=None, *, seed=5, resume=None, recorder=None, ex
     """A Trainer run over the rows in the order of `TorchJob`'s first epoch."""
     data = workload.load(replace(task, dropout=dropout))
     order, head, _ = seeds(seed)
-    rows = torch.cat([next(b) for b in [_batches(STEPS * BATCH, BATCH, order)] for _ in
+    rows = torch.cat([next(b) for b in [batches(STEPS * BATCH, BATCH, order)] for _ in
                       range(STEPS)]).tolist()  # fmt: skip
     recorder = recorder or Recorder()
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()

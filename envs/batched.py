@@ -1,0 +1,169 @@
+"""Batched models: one unmodified transformers encoder, computed for many runs at once.
+
+`torch.func` maps `functional_call` over stacked weights. Three things make it fast and right:
+token embeddings are looked up outside of the map (inside it their gradient is dense and slow),
+the attention mask is an additive float one (a boolean one is silently wrong), and each shape may
+be compiled.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn import functional
+
+from envs import workload
+from envs.task import Task
+
+TOLERANCE = 1e-4  # between the losses of the batched and the plain model at the start
+SHAPES = 64  # of one function that may be compiled
+LOWEST = torch.finfo(torch.float32).min
+
+Weights = Mapping[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """What runs are computed on; every tensor begins with (runs, rows) but the last."""
+
+    states: Tensor  # (runs, rows, length, width): what enters the encoder
+    mask: Tensor  # (runs, rows, length): 1 at real tokens
+    labels: Tensor  # (runs, rows)
+    classes: Tensor  # (runs, classes): 0 for the run's own classes, LOWEST for padding
+
+
+class BatchedModel:
+    """The function of one family of tasks: same encoder, adapter and trainable layers.
+
+    Weights that are not trained are the module's own, shared by all runs; their matrix products
+    run once over all of them.
+    """
+
+    def __init__(self, task: Task, *, causal: bool, compiled: bool, device: torch.device) -> None:
+        self.module = workload.load(task).module(0).to(device)
+        self.encoder: Any = self.module.encoder
+        self.causal = causal
+        base: Any = self.encoder
+        base = base.get_base_model() if task.adapter == "lora" else base
+        base.set_attn_implementation("eager")  # its products have batching rules
+        base.config.use_cache = False
+        self.module.train(task.dropout > 0)  # with none, in the mode that skips it
+        table = base.get_input_embeddings().weight
+        self.table: Tensor = table.detach()  # (tokens, width)
+        self.width = int(table.shape[1])
+        self.trains_table: bool = table.requires_grad
+        self._gradients = vmap(
+            grad_and_value(self._loss, argnums=(0, 1) if self.trains_table else 0),
+            randomness="different",
+        )
+        self._rows = vmap(self._row_results, randomness="different")
+        if compiled:
+            self._gradients = _compile(self._gradients)
+            self._rows = _compile(self._rows)
+
+    def gradients(
+        self, weights: Weights, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
+        """Gradients by name, those of the entering states if they are trained, and losses."""
+        found, losses = self._gradients(weights, *batch)
+        by_name, states = found if self.trains_table else (found, None)
+        return by_name, states, losses
+
+    def rows(self, weights: Weights, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and correctness of each row, (runs, rows) both, without gradients or dropout."""
+        training = self.module.training
+        self.module.eval()
+        with torch.no_grad():
+            result: tuple[Tensor, Tensor] = self._rows(weights, *batch)
+        self.module.train(training)
+        return result
+
+    def _logits(self, weights: Weights, states: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
+        additive = (1.0 - mask)[:, None, None, :] * LOWEST
+        if self.causal:
+            length = mask.shape[-1]
+            later = torch.ones(length, length, device=mask.device).triu(1)
+            additive = torch.maximum(additive + later * LOWEST, later.new_tensor(LOWEST))
+        start = "encoder."
+        own = {name.removeprefix(start): w for name, w in weights.items() if name[:8] == start}
+        inputs = {"inputs_embeds": states, "attention_mask": additive}
+        hidden = functional_call(self.encoder, own, kwargs=inputs)[0]
+        pooled = workload.mean_pool(hidden, mask)
+        return functional.linear(pooled, weights["head.weight"], weights["head.bias"]) + classes
+
+    def _loss(
+        self, weights: Weights, states: Tensor, mask: Tensor, labels: Tensor, classes: Tensor
+    ) -> Tensor:
+        return functional.cross_entropy(self._logits(weights, states, mask, classes), labels)
+
+    def _row_results(
+        self, weights: Weights, states: Tensor, mask: Tensor, labels: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._logits(weights, states, mask, classes)
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return losses, (logits.argmax(-1) == labels).to(losses.dtype)
+
+
+class Fit(NamedTuple):
+    """Whether a model can be batched: the mask that it wants, or why it cannot."""
+
+    causal: bool = False
+    reason: str = ""
+
+
+_FITS: dict[tuple[Any, ...], Fit] = {}
+
+
+def fit(task: Task) -> Fit:
+    """Try a batched model on a few rows beside the plain one; the answer is kept."""
+    key = (task.model, task.adapter, task.trainable_layers)
+    if key not in _FITS:
+        _FITS[key] = _try(replace(task, dropout=0.0))
+    return _FITS[key]
+
+
+def _try(task: Task) -> Fit:
+    load, device = workload.load(task), torch.device("cpu")
+    rows = load.rows["train"]
+    index = torch.from_numpy(np.argsort(rows.lengths, kind="stable")[:: -(-len(rows) // 4)].copy())
+    plain = [load.module(seed).eval() for seed in (0, 1)]
+    reason = "its results differ from the plain model's"
+    for causal in (False, True):
+        try:
+            with torch.no_grad():
+                wanted = torch.stack([
+                    functional.cross_entropy(
+                        module(rows.ids[index], rows.mask[index])["logits"], rows.labels[index],
+                        reduction="none",
+                    )
+                    for module in plain
+                ])  # fmt: skip
+            model = BatchedModel(task, causal=causal, compiled=False, device=device)
+            trained = [{n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
+                       for m in plain]  # fmt: skip
+            stacked = {n: torch.stack([part[n] for part in trained]) for n in trained[0]}
+            batch = Batch(
+                model.table[rows.ids[index]].expand(2, -1, -1, -1),
+                rows.mask[index].float().expand(2, -1, -1), rows.labels[index].expand(2, -1),
+                torch.zeros(2, len(load.classes)),
+            )  # fmt: skip
+            found = model.rows(stacked, batch)[0]
+            model.gradients(stacked, batch)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            continue
+        if torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE):
+            return Fit(causal)
+    return Fit(reason=f"{task.model}: torch.func cannot batch it ({reason})")
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled anew for every shape; torch keeps the code on disk."""
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, SHAPES)
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,102 @@
+"""Feeds: the token batches of packed runs, stacked."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from envs.job import batches
+from envs.workload import Tokens
+
+
+class Rows(NamedTuple):
+    """A split on the device: (rows, length) ids and mask, (rows,) labels and lengths."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    lengths: NDArray[np.int64]
+
+
+class Feed(NamedTuple):
+    """Stacked batches: (lanes, steps, rows, length) ids and mask, (lanes, steps, rows) labels."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+class Order:
+    """The row numbers of every update of a run: a `TorchJob`'s of the same seed."""
+
+    def __init__(self, rows: int, batch: int, seed: int, steps: int) -> None:
+        self._source = batches(rows, batch, seed)
+        self.planned = torch.stack([next(self._source) for _ in range(steps)])
+
+    def take(self, start: int, count: int) -> Tensor:
+        """(count, batch) row numbers of the updates from ``start`` on."""
+        missing = start + count - len(self.planned)
+        if missing > 0:
+            more = torch.stack([next(self._source) for _ in range(missing)])
+            self.planned = torch.cat([self.planned, more])
+        return self.planned[start : start + count]
+
+
+def first_use(
+    ids: NDArray[np.int64], vocabulary: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens in the order of their first use -> their ranks, and how many are in use by step.
+
+    ids: (steps, rows, length) -> (vocabulary,), those never used come last; (steps,).
+    """
+    steps, size = len(ids), ids[0].size
+    flat = ids.reshape(-1)
+    first = np.full(vocabulary, flat.size, dtype=np.int64)
+    first[flat[::-1]] = np.arange(flat.size - 1, -1, -1)  # the earliest is written last
+    ranks = np.empty(vocabulary, dtype=np.int64)
+    ranks[np.argsort(first, kind="stable")] = np.arange(vocabulary)
+    used = first[first < flat.size] // size
+    return ranks, np.bincount(used, minlength=steps).cumsum()
+
+
+def on_device(tokens: Tokens, place: Tensor | None, device: torch.device) -> Rows:
+    """A split's rows, its tokens renumbered to the rows of a run's own table."""
+    ids = tokens.ids if place is None else place[tokens.ids]
+    return Rows(
+        ids.to(device), tokens.mask.to(device, torch.float32), tokens.labels.to(device),
+        tokens.lengths,
+    )  # fmt: skip
+
+
+def feed(
+    lanes: Sequence[int], picks: Mapping[int, tuple[Rows, Tensor]], *, edge: int, length: int
+) -> Feed:
+    """Rows of several runs in one stack, as long as the longest of them.
+
+    picks: lane -> its split and (steps, rows) row numbers; lanes without get filler, as do the
+    steps that others have more. The stack's length is a multiple of ``edge``, at most ``length``.
+    """
+    longest = max(int(rows.lengths[index.numpy()].max()) for rows, index in picks.values())
+    longest = min(-(-longest // edge) * edge, length)
+    steps = max(len(index) for _, index in picks.values())
+    some, index = next(iter(picks.values()))
+    shape, device = (len(lanes), steps, index.shape[1]), some.ids.device
+    ids = torch.zeros(*shape, longest, dtype=torch.int64, device=device)
+    mask = torch.ones(*shape, longest, device=device)
+    labels = torch.zeros(shape, dtype=torch.int64, device=device)
+    for number, lane in enumerate(lanes):
+        if lane in picks:
+            rows, index = picks[lane]
+            where = index.to(device)
+            ids[number, : len(index)] = rows.ids[where, :longest]
+            mask[number, : len(index)] = rows.mask[where, :longest]
+            labels[number, : len(index)] = rows.labels[where]
+    return Feed(ids, mask, labels)
+
+
+def chunks(rows: int, size: int) -> Tensor:
+    """Every row once, (chunks, size) row numbers; the last are filled up with the last row."""
+    return torch.arange(-(-rows // size) * size).clamp(max=rows - 1).view(-1, size)

@@ -1,0 +1,173 @@
+"""Lockstep: code written for one `Job` drives many, and their updates are computed together.
+
+Each caller runs in a greenlet. When its job is asked for something slow it is put to sleep, until
+every caller waits; then what they wait for is computed pack by pack. Environments, schedules and
+searches need not know of it: `Lockstep.open` is one more way to make a job.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import greenlet
+import torch
+
+from envs import workload
+from envs.batched import fit
+from envs.job import Job, Score, TorchJob
+from envs.knobs import Knobs
+from envs.packed import Family, Pack, family
+from envs.progress import Context, Progress
+from envs.snapshot import Snapshot
+from envs.task import Split, Task
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _Ask(NamedTuple):
+    """What a sleeping caller waits for: updates or a split's score of one lane."""
+
+    pack: Pack
+    lane: int
+    steps: int
+    split: Split | None
+
+
+class PackedJob:
+    """A lane of a pack as a `Job`. The lane is free again when nothing refers to the job."""
+
+    def __init__(self, lockstep: "Lockstep", pack: Pack, lane: int, task: Task) -> None:
+        self.task = task
+        self._lockstep, self._pack, self._lane = lockstep, pack, lane
+        weakref.finalize(self, pack.close, lane)
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self._pack.step(self._lane)
+
+    @property
+    def knobs(self) -> Knobs:
+        """The settings in force."""
+        return self._pack.knobs(self._lane)
+
+    @property
+    def context(self) -> Context:
+        """What the observation needs to know of the run as a whole."""
+        return self._pack.context(self._lane)
+
+    def advance(self, steps: int) -> Progress:
+        """Make ``steps`` updates, together with whoever else waits for some."""
+        return self._lockstep.ask(_Ask(self._pack, self._lane, steps, None))
+
+    def apply(self, knobs: Knobs) -> None:
+        """Put the settings in force from the next update on."""
+        self._pack.apply(self._lane, knobs)
+
+    def evaluate(self, split: Split) -> Score:
+        """Judge the weights on a split, together with whoever else waits for that."""
+        return self._lockstep.ask(_Ask(self._pack, self._lane, 0, split))
+
+    def snapshot(self) -> Snapshot:
+        """The trained weights, copied."""
+        return self._pack.snapshot(self._lane)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put weights back and forget the optimizer's moments."""
+        self._pack.restore(self._lane, snapshot)
+
+
+class Lockstep:
+    """Packs of at most ``lanes`` runs, and the callers that drive them.
+
+    Tasks of one family (see `Family`) share packs; heads have room for ``classes`` classes. A
+    model that cannot be batched runs alone, with a notice.
+    """
+
+    def __init__(
+        self, lanes: int = 16, *, classes: int = 8, compiled: bool = False,
+        device: str | None = None,
+    ) -> None:  # fmt: skip
+        self._lanes, self._classes, self._compiled = lanes, classes, compiled
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._packs: dict[tuple[Family, int], list[Pack]] = {}
+        self._hub: greenlet.greenlet | None = None
+        self._told: set[str] = set()
+
+    def open(self, task: Task, seed: int, knobs: Knobs | None = None) -> Job:
+        """A new run in a free lane, or in a new pack if there is none."""
+        fits = fit(task)
+        if fits.reason:
+            if fits.reason not in self._told:
+                self._told.add(fits.reason)
+                logger.warning("%s; its runs are computed one by one", fits.reason)
+            return TorchJob(task, seed, knobs, self._device)
+        classes = len(workload.load(task).classes)
+        room = self._classes
+        while room < classes:
+            room *= 2
+        packs = self._packs.setdefault((family(task), room), [])
+        pack = next((pack for pack in packs if pack.free is not None), None)
+        if pack is None:
+            pack = Pack(
+                task, self._lanes, room, causal=fits.causal, compiled=self._compiled,
+                device=self._device,
+            )  # fmt: skip
+            packs.append(pack)
+        lane = pack.free
+        assert lane is not None
+        pack.open(lane, task, seed, knobs or Knobs())
+        return PackedJob(self, pack, lane, task)
+
+    def run(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Each call in a greenlet of its own -> their results; the first exception is raised.
+
+        Whatever jobs of this lockstep the calls use is computed together.
+        """
+        if self._hub is not None:
+            raise RuntimeError("lockstep: run() inside of run(); give all calls to the outer one")
+        callers = [greenlet.greenlet(call) for call in calls]
+        results: list[Any] = [None] * len(callers)
+        asks: dict[int, _Ask] = {}
+
+        def resume(number: int, *answer: Any) -> None:
+            result = callers[number].switch(*answer)
+            if callers[number].dead:
+                results[number] = result
+            else:
+                asks[number] = result
+
+        self._hub = greenlet.getcurrent()
+        try:
+            for number in range(len(callers)):
+                resume(number)
+            while asks:
+                # Scores first: who waits for updates is then joined by those who got a score.
+                judged = [number for number, ask in asks.items() if ask.split is not None]
+                chosen = {number: asks.pop(number) for number in judged or list(asks)}
+                for number, answer in self._serve(chosen).items():
+                    resume(number, answer)
+        finally:
+            self._hub = None
+        return results
+
+    def ask(self, ask: _Ask) -> Any:
+        """Sleep until it is computed; outside of `run` it is computed at once."""
+        if self._hub is None:
+            return self._serve({0: ask})[0]
+        return self._hub.switch(ask)
+
+    def _serve(self, asks: dict[int, _Ask]) -> dict[int, Any]:
+        """Number -> what was asked for, all of one kind; a computation a pack."""
+        answers: dict[int, Any] = {}
+        for pack in {id(ask.pack): ask.pack for ask in asks.values()}.values():
+            mine = {ask.lane: (n, ask) for n, ask in asks.items() if ask.pack is pack}
+            splits = {lane: ask.split for lane, (_, ask) in mine.items() if ask.split is not None}
+            found: dict[int, Any] = (
+                dict(pack.evaluate(splits)) if splits
+                else dict(pack.advance({lane: ask.steps for lane, (_, ask) in mine.items()}))
+            )  # fmt: skip
+            answers |= {mine[lane][0]: answer for lane, answer in found.items()}
+        return {number: answers[number] for number in asks}

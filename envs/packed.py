@@ -1,0 +1,339 @@
+"""Packed runs: several fine-tuning runs of one family advance together in one batched model."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from envs import probe, workload
+from envs.batched import LOWEST, Batch, BatchedModel
+from envs.errors import BadInput
+from envs.feed import Feed, Order, Rows, chunks, feed, first_use, on_device
+from envs.job import RandomState, Score, spread
+from envs.knobs import Knobs, factor
+from envs.layout import lay_out
+from envs.progress import Context, Progress
+from envs.snapshot import Snapshot
+from envs.stack import Stack, Turn
+from envs.task import Split, Task
+
+CHUNK = 64  # rows of a split that are judged together
+EDGE = 8  # compiled lengths are multiples of it, so that few shapes are compiled
+
+
+class Family(NamedTuple):
+    """What runs must share to be packed: shapes, and what is trained."""
+
+    model: str
+    adapter: str
+    trainable_layers: int | None
+    batch: int
+    max_length: int
+    dropout: float
+    interval: int  # so that no lane waits for another
+
+
+def family(task: Task) -> Family:
+    """The family of a task's runs."""
+    return Family(*(getattr(task, name) for name in Family._fields))
+
+
+@dataclass
+class _Run:
+    """What a pack knows of one of its runs, apart from its weights."""
+
+    task: Task
+    load: workload.Workload
+    knobs: Knobs
+    start_rate: float
+    order: Order
+    place: Tensor | None  # (vocabulary,) token -> row of the run's own table
+    reach: NDArray[np.int64]  # rows of the table that updates have touched, after each update
+    step: int = 0  # updates done
+    age: int = 0  # updates since the moments were last forgotten
+    whole: bool = False  # weight decay has moved rows that no update touched
+    rows: dict[Split, Rows] = field(default_factory=dict)
+
+
+class Pack:
+    """Room for ``lanes`` runs of one family.
+
+    A run equals a `TorchJob`'s of the same task, seed and knobs up to rounding (dropout, if there
+    is any, is drawn otherwise). What one run does never changes another's numbers. On a GPU
+    nothing is read from the device before the last update of an interval.
+    """
+
+    def __init__(
+        self, task: Task, lanes: int, classes: int, *, causal: bool = False,
+        compiled: bool = False, device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        """classes: room in the heads; a run may have fewer."""
+        self.family, self.lanes, self.compiled = family(task), lanes, compiled
+        self._device = torch.device(device)
+        self._model = BatchedModel(task, causal=causal, compiled=compiled, device=self._device)
+        self._layout = lay_out(self._model, classes)
+        self._classes = torch.zeros(lanes, classes, device=self._device)
+        named = dict(self._model.module.named_parameters())
+        self._pretrained = torch.zeros(1, self._layout.width, device=self._device)
+        for name, view in self._layout.views(self._pretrained).items():
+            if not name.startswith("head."):
+                view[0] = named[name].detach()
+        tokens = self._model.table.shape[0] if self._layout.table else 0
+        self._stack = Stack(self._layout, tokens, self._model.width, lanes, self._device)
+        self._runs: list[_Run | None] = [None] * lanes
+        self._random = RandomState(0, self._device)
+
+    # -- opening and closing -----------------------------------------------------------------
+
+    @property
+    def free(self) -> int | None:
+        """A lane without a run, or None."""
+        return next((lane for lane, run in enumerate(self._runs) if run is None), None)
+
+    def open(self, lane: int, task: Task, seed: int, knobs: Knobs) -> None:
+        """Begin a run: pretrained weights, a new head, a new data order."""
+        if family(task) != self.family:
+            raise BadInput(f"pack: {family(task)} cannot share one with {self.family}")
+        load = workload.load(task)
+        if len(load.classes) > self._classes.shape[1]:
+            raise BadInput(
+                f"pack: {len(load.classes)} classes; it has room for {self._classes.shape[1]}"
+            )
+        order_seed, head, _ = spread(seed, 3)
+        order = Order(len(load.rows["train"]), task.batch, order_seed, task.steps)
+        place, reach, table = None, np.zeros(0, dtype=np.int64), self._model.table[:0]
+        columns, cells = (torch.from_numpy(x) for x in self._layout.sample(len(load.classes)))
+        if self._layout.table:
+            vocabulary, width = self._model.table.shape
+            ranks, reach = first_use(load.rows["train"].ids[order.planned].numpy(), vocabulary)
+            place = torch.from_numpy(ranks)
+            table = torch.empty_like(self._model.table)
+            table[place.to(self._device)] = self._model.table
+            cells = place[cells // width] * width + cells % width
+        row = self._pretrained.clone()
+        views = self._layout.views(row)
+        for name, drawn in load.drawn(head).items():
+            views[name][0][tuple(slice(size) for size in drawn.shape)] = drawn.to(self._device)
+        self._stack.begin(lane, row[0], table, columns, cells)
+        self._classes[lane] = LOWEST
+        self._classes[lane, : len(load.classes)] = 0.0
+        self._runs[lane] = _Run(task, load, knobs, knobs.rate, order, place, reach)
+
+    def close(self, lane: int) -> None:
+        """The run is over; its lane is free."""
+        self._runs[lane] = None
+
+    def step(self, lane: int) -> int:
+        """Updates done by a run."""
+        return self._run(lane).step
+
+    def knobs(self, lane: int) -> Knobs:
+        """The settings in force."""
+        return self._run(lane).knobs
+
+    def context(self, lane: int) -> Context:
+        """What the observation needs to know of a run."""
+        run = self._run(lane)
+        classes = len(run.load.classes)
+        return Context(
+            total=run.task.steps,
+            decisions=run.task.decisions,
+            parameters=self._layout.parameters + classes * (self._model.width + 1),
+            rows=len(run.load.rows["train"]),
+            classes=classes,
+            adapter=run.task.adapter,
+            optimizer=run.knobs.optimizer,
+            start_rate=run.start_rate,
+        )
+
+    # -- a run's verbs -----------------------------------------------------------------------
+
+    def advance(self, wanted: Mapping[int, int]) -> dict[int, Progress]:
+        """Lane -> updates to make; reports as of `TorchJob.advance`."""
+        longest, lanes = max(wanted.values()), self._computed(wanted)
+        picks: dict[int, tuple[Split, Tensor]] = {
+            lane: ("train", self._run(lane).order.take(self._run(lane).step, steps))
+            for lane, steps in wanted.items()
+        }
+        fed, look = self._feed(lanes, picks), _Look()
+        losses = torch.empty(longest, len(lanes), device=self._device)
+        with self._random.lent():
+            for number in range(longest):
+                left = {lane: steps - number for lane, steps in wanted.items() if steps > number}
+                losses[number] = self._update(lanes, self._batch(lanes, fed, number), left, look)
+        table = torch.cat([losses.T, self._stack.finite()[lanes, None], look.figures(lanes)], 1)
+        rows = dict(zip(lanes, table.tolist(), strict=True))
+        return {lane: self._report(lane, steps, rows[lane], longest)
+                for lane, steps in wanted.items()}  # fmt: skip
+
+    def apply(self, lane: int, knobs: Knobs) -> None:
+        """Put settings in force; a new optimizer inherits the old one's moments."""
+        run, old = self._run(lane), self._run(lane).knobs
+        changed = (knobs.optimizer, knobs.weight_decay) != (old.optimizer, old.weight_decay)
+        if changed and run.age and not self._stack.hand_over(lane, old, knobs, run.age):
+            run.age = 0
+        run.knobs = knobs
+
+    def evaluate(self, wanted: Mapping[int, Split]) -> dict[int, Score]:
+        """Lane -> split; scores as of `TorchJob.evaluate`."""
+        lanes = self._computed(wanted)
+        sizes = {lane: len(self._run(lane).load.rows[split]) for lane, split in wanted.items()}
+        parts = {lane: chunks(size, CHUNK) for lane, size in sizes.items()}
+        sums = torch.zeros(2, len(lanes), device=self._device)
+        weights = self._weights(lanes)
+        for number in range(max(map(len, parts.values()))):
+            picks = {lane: (wanted[lane], part[number : number + 1])
+                     for lane, part in parts.items() if number < len(part)}  # fmt: skip
+            batch, _ = self._batch(lanes, self._feed(lanes, picks), 0)
+            real = [min(max(sizes.get(lane, 0) - number * CHUNK, 0), CHUNK) for lane in lanes]
+            counted = torch.arange(CHUNK) < torch.tensor(real)[:, None]
+            results = torch.stack(self._model.rows(weights, batch))
+            sums += torch.where(counted.to(self._device), results, 0.0).sum(2)
+        found = dict(zip(lanes, sums.T.tolist(), strict=True))
+        return {lane: Score(*(total / sizes[lane] for total in found[lane])) for lane in wanted}
+
+    def snapshot(self, lane: int) -> Snapshot:
+        """A run's trained weights, copied; they fit this run alone."""
+        return self._stack.snapshot(lane)
+
+    def restore(self, lane: int, snapshot: Snapshot) -> None:
+        """Put weights back and forget the optimizer's moments; the knobs stay."""
+        self._stack.restore(lane, snapshot)
+        self._run(lane).age = 0
+
+    def named(self, lane: int) -> dict[str, Tensor]:
+        """A run's trained weights by the names and in the shapes of the plain module."""
+        run = self._run(lane)
+        found = {
+            name: view[0, : len(run.load.classes)] if name.startswith("head.") else view[0]
+            for name, view in self._weights([lane]).items()
+        }
+        if self._layout.table and run.place is not None:
+            table = self._stack.table.weights[lane].view(self._model.table.shape)
+            found[self._layout.table] = table[run.place.to(self._device)]
+        return found
+
+    # -- behind them -------------------------------------------------------------------------
+
+    def _run(self, lane: int) -> _Run:
+        run = self._runs[lane]
+        assert run is not None, "the lane is free"
+        return run
+
+    def _computed(self, wanted: Mapping[int, object]) -> list[int]:
+        """The lanes that are computed: compiled code knows one number of them alone."""
+        return list(range(self.lanes)) if self.compiled else sorted(wanted)
+
+    def _weights(self, lanes: list[int]) -> dict[str, Tensor]:
+        rows = self._stack.row.weights
+        return self._layout.views(rows if len(lanes) == self.lanes else rows[lanes])
+
+    def _feed(self, lanes: list[int], picks: Mapping[int, tuple[Split, Tensor]]) -> Feed:
+        found = {lane: (self._rows(lane, split), index) for lane, (split, index) in picks.items()}
+        return feed(lanes, found, edge=EDGE if self.compiled else 1, length=self.family.max_length)
+
+    def _rows(self, lane: int, split: Split) -> Rows:
+        run = self._run(lane)
+        if split not in run.rows:
+            run.rows[split] = on_device(run.load.rows[split], run.place, self._device)
+        return run.rows[split]
+
+    def _batch(self, lanes: list[int], fed: Feed, number: int) -> tuple[Batch, Tensor]:
+        """The model's inputs at one step of a feed, and which rows of the tables are in them."""
+        ids, width = fed.ids[:, number], self._model.width
+        if self._layout.table:
+            tokens = self._model.table.shape[0]
+            offsets = torch.tensor(lanes, device=self._device) * tokens
+            cells = (ids + offsets[:, None, None]).view(-1)
+            states = self._stack.table.weights.view(-1, width).index_select(0, cells)
+        else:
+            cells = ids.reshape(-1)
+            states = self._model.table.index_select(0, cells)
+        return Batch(
+            states.view(*ids.shape, width), fed.mask[:, number], fed.labels[:, number],
+            self._classes[lanes],
+        ), cells  # fmt: skip
+
+    def _update(
+        self, lanes: list[int], batch: tuple[Batch, Tensor], left: Mapping[int, int],
+        look: "_Look",
+    ) -> Tensor:  # fmt: skip
+        """One update of the lanes in ``left`` (lane -> updates left) -> losses of all lanes."""
+        stack, (inputs, cells) = self._stack, batch
+        by_name, states, losses = self._model.gradients(self._weights(lanes), inputs)
+        stack.row.slope[lanes] = self._layout.flat(by_name, len(lanes))
+        if states is not None:
+            slope = stack.table.slope.view(-1, self._model.width)
+            slope.index_add_(0, cells, states.reshape(-1, self._model.width))
+        turns = [self._turn(lane) for lane in left]
+        near = [lane for lane, count in left.items() if count <= 2]
+        last = [lane for lane, count in left.items() if count == 1]
+        look.at("gradient", near, stack)
+        stack.clip(turns)
+        look.at("clipped", last, stack)
+        look.at("weights", last, stack)
+        stack.step(turns)
+        look.at("moved", last, stack)
+        if states is not None:
+            stack.clear(cells)
+        return losses
+
+    def _turn(self, lane: int) -> Turn:
+        """The next update of a lane, counted as done."""
+        run = self._run(lane)
+        rate = run.knobs.rate * factor(run.knobs, run.step, run.task.steps)
+        run.whole = run.whole or run.knobs.weight_decay > 0
+        known = run.step < len(run.reach) and not run.whole
+        reach = int(run.reach[run.step]) if known else self._model.table.shape[0]
+        run.step, run.age = run.step + 1, run.age + 1
+        return Turn(lane, run.knobs, rate, run.age, reach if self._layout.table else 0)
+
+    def _report(self, lane: int, steps: int, row: list[float], longest: int) -> Progress:
+        run = self._run(lane)
+        gradient, clipped, update, cosine = probe.reading(row[longest + 1 :])
+        return Progress(
+            step=run.step,
+            rate=run.knobs.rate,
+            factor=factor(run.knobs, run.step, run.task.steps),
+            losses=tuple(row[:steps]),
+            gradient=gradient,
+            clipped=clipped,
+            update=update,
+            cosine=cosine,
+            finite=math.isfinite(row[longest]),
+        )
+
+
+class _Look:
+    """The probe's samples around the last two updates of an interval, run by run."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, dict[int, list[Tensor]]] = {}
+
+    def at(self, moment: str, lanes: list[int], stack: Stack) -> None:
+        """Sample slopes (moments ``gradient`` and ``clipped``) or weights of these lanes."""
+        if lanes:
+            what = "slope" if moment in ("gradient", "clipped") else "weights"
+            samples = stack.sample(torch.tensor(lanes, device=stack.device), what)
+            for lane, sample in zip(lanes, samples, strict=True):
+                self._seen.setdefault(moment, {}).setdefault(lane, []).append(sample)
+
+    def figures(self, lanes: list[int]) -> Tensor:
+        """(lanes, 6) as `probe.figures` has them; NaN for lanes that were not looked at."""
+        seen = self._seen
+        some = next(iter(seen["gradient"].values()))[0]
+        none = [torch.full_like(some, math.nan)] * 2
+
+        def every(moment: str, which: int) -> Tensor:
+            return torch.stack([(none + seen[moment].get(lane, []))[which] for lane in lanes])
+
+        weights = every("weights", -1)
+        return probe.figures(
+            every("gradient", -1), every("clipped", -1), every("moved", -1) - weights, weights,
+            every("gradient", -2),
+        )  # fmt: skip
