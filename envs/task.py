@@ -144,24 +144,24 @@ def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
 
 
 def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task:
-    """A random relative of a task: class subset, rows, label noise, batch size, horizon.
+    """A random relative of a task: class subset, rows and label noise.
 
-    classes: those to choose from; the task's own, if it names some. The number of decisions is
-    kept, so that episodes of one environment have one length.
+    classes: those to choose from; the task's own, if it names some. Batch size and horizon stay:
+    environments that share them can be computed together (see `reshape`).
     """
     subset = task.classes
     if len(classes) > 2 and rng.random() < 0.7:
         count = int(rng.integers(2, len(classes) + 1))
         subset = tuple(sorted(rng.choice(classes, count, replace=False).tolist()))
-    batch = int(rng.choice([8, 16, 16, 32]))
-    decisions = task.decisions
-    interval = max(1, round(task.interval * float(rng.choice([0.6, 1.0, 1.0, 1.5]))))
     return replace(
         task,
         classes=subset,
         rows=int(rng.choice([200, 500, 1000, 2000])),
         noise=float(rng.choice([0.0, 0.0, 0.1, 0.2])),
-        batch=batch,
-        interval=interval,
-        steps=interval * decisions,
     )
+
+
+def reshape(task: Task, batch: int, horizon: float) -> Task:
+    """The task with another batch size, and its horizon scaled; as many decisions as before."""
+    interval = max(1, round(task.interval * horizon))
+    return replace(task, batch=batch, interval=interval, steps=interval * task.decisions)

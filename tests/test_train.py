@@ -36,7 +36,7 @@ def config(tiny_task):
             "iterations": 4,
             "episodes": 1,
             "envs": 2,
-            "processes": False,
+            "workers": 0,
             "steps": 8,
             "interval": 2,
         }
@@ -74,7 +74,7 @@ def test_a_killed_training_resumes_to_the_same_artifact(config, tmp_path, agent)
 
 def test_the_seed_matters_and_processes_do_not(config, tmp_path):
     here = train(config(iterations=2), tmp_path / "here")
-    there = train(config(iterations=2, processes=True), tmp_path / "there")
+    there = train(config(iterations=2, workers=2), tmp_path / "there")
     other = train(config(iterations=2, seed=1), tmp_path / "other")
     assert all(np.array_equal(here.arrays[n], there.arrays[n]) for n in here.arrays)
     assert not np.array_equal(here.arrays["layer0.weight"], other.arrays["layer0.weight"])

@@ -7,11 +7,8 @@ checkpoint to the same final weights.
 
 import io
 import json
-import multiprocessing
-import signal
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -20,16 +17,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from pydantic import BaseModel, ConfigDict, Field
 
 from baselines.identity import code_version
 from envs import observe, workload
-from envs.env import FineTuneEnv
+from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.job import TorchJob
 from envs.knobs import Actions
-from envs.task import Task, find
+from envs.lockstep import Lockstep
+from envs.task import Task, find, reshape
+from envs.vector import PackedVectorEnv
+from envs.workers import WorkerVectorEnv
 from tuner import policy
 from tuner.agent import Agent, Normaliser
 from tuner.policy import Policy
@@ -55,12 +56,18 @@ class TrainConfig(BaseModel):
     )
     iterations: int = Field(60, ge=1, le=100_000, description="rollouts, each of whole episodes")
     episodes: int = Field(2, ge=1, le=100, description="episodes of an environment in a rollout")
-    envs: int = Field(8, ge=1, le=256, description="environments stepped together")
-    processes: bool = Field(True, description="one process for each environment")
+    envs: int = Field(64, ge=1, le=4096, description="environments stepped together")
+    workers: int = Field(2, ge=0, le=256, description="processes that share them; 0: this one")
+    pack: int = Field(8, ge=1, le=4096, description="runs computed in one batched model")
+    compile: bool = Field(False, description="compile the batched model: pays in long trainings")
     steps: int = Field(50, ge=1, description="updates in an episode, before it is varied")
     interval: int = Field(5, ge=1, description="updates between two decisions")
     spread: float = Field(1.5, ge=0, le=3, description="decades of misjudged starting rates")
-    vary: bool = Field(True, description="draw classes, rows, noise, batch and horizon too")
+    vary: bool = Field(True, description="draw classes, rows and label noise too")
+    batches: tuple[int, ...] = Field((16,), description="batch sizes, in turn over environments")
+    horizons: tuple[float, ...] = Field(
+        (0.6, 1.0, 1.0, 1.5), description="factors of steps and interval, in turn likewise"
+    )
     blind: float = Field(0.1, ge=0, le=1, description="share of episodes without validation")
     view: Literal["discrete", "continuous"] = Field("discrete", description="action view")
     multipliers: tuple[float, ...] = Field(
@@ -74,6 +81,17 @@ class TrainConfig(BaseModel):
         if not self.tasks:
             raise BadInput("train: tasks: none given; name at least one")
         return [find(name, steps=self.steps, interval=self.interval) for name in self.tasks]
+
+    def relatives(self, number: int) -> list[Task]:
+        """The tasks of one environment: those that share a pack have one batch size and horizon."""
+        if not self.batches or not self.horizons:
+            raise BadInput("train: batches, horizons: none given; give at least one of each")
+        kind, block = number // self.pack, len(self.batches)
+        batch, horizon = (
+            self.batches[kind % block],
+            self.horizons[kind // block % len(self.horizons)],
+        )
+        return [reshape(task, batch, horizon) for task in self.task_list()]
 
     def actions(self) -> Actions:
         """The action view."""
@@ -120,27 +138,44 @@ def train(
 
 @contextmanager
 def open_envs(config: TrainConfig) -> Iterator[VectorEnv]:
-    """The training environments, each in a process of its own if asked; closed at the end."""
-    tasks = config.task_list()
-    for task in tasks:  # read once here; forked processes share the memory
-        workload.load(task)
-        workload.parameters(task.model)
-    make = partial(_make_env, tasks, config)
-    if config.processes and config.envs > 1:
-        fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
-        envs: VectorEnv = AsyncVectorEnv(
-            [make] * config.envs,
-            context="fork" if fork else "forkserver",
-            autoreset_mode=AutoresetMode.SAME_STEP,
+    """The training environments in packs, shared out over processes; closed at the end."""
+    if config.workers and config.envs % config.workers:
+        raise BadInput(
+            f"train: envs: {config.envs} do not share out over {config.workers} workers evenly; "
+            "give a multiple"
         )
+    for task in config.task_list():  # read once here; forked processes share the memory
+        workload.load(task)
+    if config.workers:
+        size = config.envs // config.workers
+        parts = [partial(_part, config, range(i * size, (i + 1) * size))
+                 for i in range(config.workers)]  # fmt: skip
+        envs: VectorEnv = WorkerVectorEnv(parts, _make_env(config, 0, TorchJob), size)
     else:
-        envs = SyncVectorEnv([make] * config.envs, autoreset_mode=AutoresetMode.SAME_STEP)
+        envs = _part(config, range(config.envs))
     try:
         yield envs
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # gymnasium warns of a step that was interrupted
-            envs.close(**({"terminate": True} if isinstance(envs, AsyncVectorEnv) else {}))
+        envs.close()
+
+
+def _part(config: TrainConfig, numbers: Iterable[int]) -> PackedVectorEnv:
+    """Some of the environments, computed in one process."""
+    classes = max(len(workload.load(task).classes) for task in config.task_list())
+    lockstep = Lockstep(config.pack, classes=classes, compiled=config.compile)
+    return PackedVectorEnv([partial(_make_env, config, i) for i in numbers], lockstep)
+
+
+def _make_env(config: TrainConfig, number: int, make_job: MakeJob) -> FineTuneEnv:
+    return FineTuneEnv(
+        config.relatives(number),
+        actions=config.actions(),
+        spread=config.spread,
+        vary=config.vary,
+        blind=config.blind,
+        shape="any",
+        make_job=make_job,
+    )
 
 
 def survey(recorder: Recorder, seed: int) -> Normaliser:
@@ -218,21 +253,6 @@ def make_policy(
 def iteration_seed(seed: int, number: int) -> int:
     """An independent 31-bit seed for each iteration."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
-
-
-def _make_env(tasks: list[Task], config: TrainConfig) -> FineTuneEnv:
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        torch.set_num_threads(1)
-    return FineTuneEnv(
-        tasks,
-        actions=config.actions(),
-        spread=config.spread,
-        vary=config.vary,
-        blind=config.blind,
-        shape="any",
-    )
 
 
 def _row(
