@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 
-from envs import workload
+from envs import trunk, workload
 from envs.task import Task
 
 TOLERANCE = 1e-4  # between the losses of the batched and the plain model at the start
@@ -42,10 +42,12 @@ class BatchedModel:
     run once over all of them.
     """
 
-    def __init__(self, task: Task, *, causal: bool, compiled: bool, device: torch.device) -> None:
-        self.module = workload.load(task).module(0).to(device)
+    def __init__(self, task: Task, how: "Fit", *, compiled: bool, device: torch.device) -> None:
+        load = workload.load(task)
+        self.module = load.module(0).to(device)
         self.encoder: Any = self.module.encoder
-        self.causal = causal
+        self.fit = how
+        self.parameters = sum(p.numel() for p in self.encoder.parameters())
         base: Any = self.encoder
         base = base.get_base_model() if task.adapter == "lora" else base
         base.set_attn_implementation("eager")  # its products have batching rules
@@ -53,8 +55,10 @@ class BatchedModel:
         self.module.train(task.dropout > 0)  # with none, in the mode that skips it
         table = base.get_input_embeddings().weight
         self.table: Tensor = table.detach()  # (tokens, width)
-        self.width = int(table.shape[1])
+        self.width = load.width if how.trunk else int(table.shape[1])  # of what enters
         self.trains_table: bool = table.requires_grad
+        if how.trunk:
+            trunk.shorten(base, task.trainable_layers or 0)
         self._gradients = vmap(
             grad_and_value(self._loss, argnums=(0, 1) if self.trains_table else 0),
             randomness="different",
@@ -83,7 +87,7 @@ class BatchedModel:
 
     def _logits(self, weights: Weights, states: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
         additive = (1.0 - mask)[:, None, None, :] * LOWEST
-        if self.causal:
+        if self.fit.causal:
             length = mask.shape[-1]
             later = torch.ones(length, length, device=mask.device).triu(1)
             additive = torch.maximum(additive + later * LOWEST, later.new_tensor(LOWEST))
@@ -108,9 +112,10 @@ class BatchedModel:
 
 
 class Fit(NamedTuple):
-    """Whether a model can be batched: the mask that it wants, or why it cannot."""
+    """How a model can be batched, or why it cannot."""
 
-    causal: bool = False
+    causal: bool = False  # a token sees only those before it
+    trunk: bool = False  # frozen layers are left out, their results are kept
     reason: str = ""
 
 
@@ -118,46 +123,50 @@ _FITS: dict[tuple[Any, ...], Fit] = {}
 
 
 def fit(task: Task) -> Fit:
-    """Try a batched model on a few rows beside the plain one; the answer is kept."""
+    """Try batched models on a few rows beside the plain one; the answer is kept."""
     key = (task.model, task.adapter, task.trainable_layers)
     if key not in _FITS:
-        _FITS[key] = _try(replace(task, dropout=0.0))
+        freezes = task.trainable_layers is not None and trunk.size(task) <= trunk.LARGEST
+        ways = [Fit(causal, kept) for kept in ([True, False] if freezes else [False])
+                for causal in (False, True)]  # fmt: skip
+        problems = [_problem(replace(task, dropout=0.0), way) for way in ways]
+        good = [way for way, problem in zip(ways, problems, strict=True) if not problem]
+        why = f"{task.model}: torch.func cannot batch it ({problems[-1]})"
+        _FITS[key] = good[0] if good else Fit(reason=why)
     return _FITS[key]
 
 
-def _try(task: Task) -> Fit:
+def _problem(task: Task, way: Fit) -> str:
+    """What is wrong with a way to batch a model, or "": its losses are the plain model's."""
     load, device = workload.load(task), torch.device("cpu")
     rows = load.rows["train"]
-    index = torch.from_numpy(np.argsort(rows.lengths, kind="stable")[:: -(-len(rows) // 4)].copy())
+    some = np.argsort(rows.lengths, kind="stable")[:: -(-len(rows) // 4)].copy()
+    ids, mask, labels = (x[some] for x in (rows.ids, rows.mask, rows.labels))
     plain = [load.module(seed).eval() for seed in (0, 1)]
-    reason = "its results differ from the plain model's"
-    for causal in (False, True):
-        try:
-            with torch.no_grad():
-                wanted = torch.stack([
-                    functional.cross_entropy(
-                        module(rows.ids[index], rows.mask[index])["logits"], rows.labels[index],
-                        reduction="none",
-                    )
-                    for module in plain
-                ])  # fmt: skip
-            model = BatchedModel(task, causal=causal, compiled=False, device=device)
-            trained = [{n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
-                       for m in plain]  # fmt: skip
-            stacked = {n: torch.stack([part[n] for part in trained]) for n in trained[0]}
-            batch = Batch(
-                model.table[rows.ids[index]].expand(2, -1, -1, -1),
-                rows.mask[index].float().expand(2, -1, -1), rows.labels[index].expand(2, -1),
-                torch.zeros(2, len(load.classes)),
-            )  # fmt: skip
-            found = model.rows(stacked, batch)[0]
-            model.gradients(stacked, batch)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            continue
-        if torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE):
-            return Fit(causal)
-    return Fit(reason=f"{task.model}: torch.func cannot batch it ({reason})")
+    try:
+        with torch.no_grad():
+            logits = torch.stack([module(ids, mask)["logits"] for module in plain])
+        expected = functional.cross_entropy(
+            logits.flatten(0, 1), labels.repeat(2), reduction="none"
+        ).view(2, -1)
+        model = BatchedModel(task, way, compiled=False, device=device)
+        trained = [{n: p.detach() for n, p in m.named_parameters() if p.requires_grad}
+                   for m in plain]  # fmt: skip
+        stacked = {n: torch.stack([part[n] for part in trained]) for n in trained[0]}
+        states = model.table[ids]
+        if way.trunk:
+            kept = trunk.trunk_of(task, device).states(rows, "train")
+            states = kept[torch.from_numpy(rows.source[some])]
+        batch = Batch(
+            states.expand(2, -1, -1, -1), mask.float().expand(2, -1, -1), labels.expand(2, -1),
+            torch.zeros(2, len(load.classes)),
+        )  # fmt: skip
+        found = model.rows(stacked, batch)[0]
+        model.gradients(stacked, batch)
+    except Exception as error:
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    close = torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    return "" if close else "its results differ from the plain model's"
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

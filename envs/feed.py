@@ -13,16 +13,24 @@ from envs.workload import Tokens
 
 
 class Rows(NamedTuple):
-    """A split on the device: (rows, length) ids and mask, (rows,) labels and lengths."""
+    """A split on the device: (rows, length) ids and mask, (rows,) labels and lengths.
+
+    With a `Trunk` its (texts, length, width) states are in place of the ids; ``source`` says which
+    of them are the rows'.
+    """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
     lengths: NDArray[np.int64]
+    source: Tensor | None = None
 
 
 class Feed(NamedTuple):
-    """Stacked batches: (lanes, steps, rows, length) ids and mask, (lanes, steps, rows) labels."""
+    """Stacked batches: (lanes, steps, rows, length) ids and mask, (lanes, steps, rows) labels.
+
+    With a trunk the ids are states, (lanes, steps, rows, length, width).
+    """
 
     ids: Tensor
     mask: Tensor
@@ -62,12 +70,18 @@ def first_use(
     return ranks, np.bincount(used, minlength=steps).cumsum()
 
 
-def on_device(tokens: Tokens, place: Tensor | None, device: torch.device) -> Rows:
-    """A split's rows, its tokens renumbered to the rows of a run's own table."""
+def on_device(
+    tokens: Tokens, place: Tensor | None, states: Tensor | None, device: torch.device
+) -> Rows:
+    """A split's rows. place: token -> row of the run's own table; states: of a trunk."""
     ids = tokens.ids if place is None else place[tokens.ids]
+    source = None if states is None else torch.from_numpy(tokens.source).to(device)
     return Rows(
-        ids.to(device), tokens.mask.to(device, torch.float32), tokens.labels.to(device),
+        ids.to(device) if states is None else states,
+        tokens.mask.to(device, torch.float32),
+        tokens.labels.to(device),
         tokens.lengths,
+        source,
     )  # fmt: skip
 
 
@@ -84,14 +98,15 @@ def feed(
     steps = max(len(index) for _, index in picks.values())
     some, index = next(iter(picks.values()))
     shape, device = (len(lanes), steps, index.shape[1]), some.ids.device
-    ids = torch.zeros(*shape, longest, dtype=torch.int64, device=device)
+    ids = torch.zeros(*shape, longest, *some.ids.shape[2:], dtype=some.ids.dtype, device=device)
     mask = torch.ones(*shape, longest, device=device)
     labels = torch.zeros(shape, dtype=torch.int64, device=device)
     for number, lane in enumerate(lanes):
         if lane in picks:
             rows, index = picks[lane]
             where = index.to(device)
-            ids[number, : len(index)] = rows.ids[where, :longest]
+            entry = where if rows.source is None else rows.source[where]
+            ids[number, : len(index)] = rows.ids[entry, :longest]
             mask[number, : len(index)] = rows.mask[where, :longest]
             labels[number, : len(index)] = rows.labels[where]
     return Feed(ids, mask, labels)

@@ -34,7 +34,6 @@ class Layout:
     width: int  # columns, with the zero at the end
     table: str | None  # name of the token table, if it is trained
     sampled: tuple[tuple[str, tuple[int, ...]], ...]  # what the probe looks at, and its shape
-    parameters: int  # of the plain module but for its head
 
     @property
     def zero(self) -> int:
@@ -86,5 +85,4 @@ def lay_out(model: BatchedModel, classes: int) -> Layout:
         undecayed = start if trained[name].ndim < 2 else undecayed
     chosen = {id(p) for p in probe.sampled(list(trained.values()))}
     sampled = tuple((n, tuple(p.shape)) for n, p in trained.items() if id(p) in chosen)
-    plain = sum(p.numel() for name, p in named.items() if not name.startswith("head."))
-    return Layout(places, undecayed, start + 1, table, sampled, plain)
+    return Layout(places, undecayed, start + 1, table, sampled)

@@ -112,7 +112,7 @@ class Lockstep:
         pack = next((pack for pack in packs if pack.free is not None), None)
         if pack is None:
             pack = Pack(
-                task, self._lanes, room, causal=fits.causal, compiled=self._compiled,
+                task, self._lanes, room, compiled=self._compiled,
                 device=self._device,
             )  # fmt: skip
             packs.append(pack)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from envs import probe, workload
-from envs.batched import LOWEST, Batch, BatchedModel
+from envs.batched import LOWEST, Batch, BatchedModel, fit
 from envs.errors import BadInput
 from envs.feed import Feed, Order, Rows, chunks, feed, first_use, on_device
 from envs.job import RandomState, Score, spread
@@ -21,6 +21,7 @@ from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
 from envs.stack import Stack, Turn
 from envs.task import Split, Task
+from envs.trunk import trunk_of
 
 CHUNK = 64  # rows of a split that are judged together
 EDGE = 8  # compiled lengths are multiples of it, so that few shapes are compiled
@@ -69,13 +70,13 @@ class Pack:
     """
 
     def __init__(
-        self, task: Task, lanes: int, classes: int, *, causal: bool = False,
-        compiled: bool = False, device: str | torch.device = "cpu",
+        self, task: Task, lanes: int, classes: int, *, compiled: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         """classes: room in the heads; a run may have fewer."""
         self.family, self.lanes, self.compiled = family(task), lanes, compiled
         self._device = torch.device(device)
-        self._model = BatchedModel(task, causal=causal, compiled=compiled, device=self._device)
+        self._model = BatchedModel(task, fit(task), compiled=compiled, device=self._device)
         self._layout = lay_out(self._model, classes)
         self._classes = torch.zeros(lanes, classes, device=self._device)
         named = dict(self._model.module.named_parameters())
@@ -143,7 +144,7 @@ class Pack:
         return Context(
             total=run.task.steps,
             decisions=run.task.decisions,
-            parameters=self._layout.parameters + classes * (self._model.width + 1),
+            parameters=self._model.parameters + classes * (run.load.width + 1),
             rows=len(run.load.rows["train"]),
             classes=classes,
             adapter=run.task.adapter,
@@ -240,12 +241,19 @@ class Pack:
     def _rows(self, lane: int, split: Split) -> Rows:
         run = self._run(lane)
         if split not in run.rows:
-            run.rows[split] = on_device(run.load.rows[split], run.place, self._device)
+            tokens, states = run.load.rows[split], None
+            if self._model.fit.trunk:
+                states = trunk_of(run.task, self._device).states(tokens, split)
+            run.rows[split] = on_device(tokens, run.place, states, self._device)
         return run.rows[split]
 
     def _batch(self, lanes: list[int], fed: Feed, number: int) -> tuple[Batch, Tensor]:
         """The model's inputs at one step of a feed, and which rows of the tables are in them."""
         ids, width = fed.ids[:, number], self._model.width
+        if self._model.fit.trunk:
+            return Batch(
+                ids, fed.mask[:, number], fed.labels[:, number], self._classes[lanes]
+            ), ids.new_zeros(0)
         if self._layout.table:
             tokens = self._model.table.shape[0]
             offsets = torch.tensor(lanes, device=self._device) * tokens

@@ -54,12 +54,17 @@ def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised rows of one split: (rows, length) ids and mask, (rows,) labels and lengths."""
+    """Tokenised rows of one split: (rows, length) ids and mask, (rows,) labels and lengths.
+
+    source: (rows,) their numbers among the ``texts`` texts of the dataset's split.
+    """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
     lengths: np.ndarray[Any, np.dtype[np.int64]]
+    source: np.ndarray[Any, np.dtype[np.int64]]
+    texts: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,6 +78,11 @@ class Workload:
     classes: tuple[str, ...]
     rows: dict[Split, Tokens]
     fingerprint: str
+
+    @property
+    def width(self) -> int:
+        """Of the encoder's states."""
+        return int(_encoder(self.task.model).config.hidden_size)
 
     def module(self, seed: int) -> MeanPoolClassifier:
         """The pretrained encoder with a new head; trainable parts as the task asks.
@@ -111,7 +121,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _new_head(load: Workload) -> nn.Linear:
-    head = nn.Linear(_encoder(load.task.model).config.hidden_size, len(load.classes))
+    head = nn.Linear(load.width, len(load.classes))
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
@@ -164,6 +174,8 @@ def load(task: Task) -> Workload:
             torch.from_numpy(mask[keep]),
             torch.from_numpy(moved),
             lengths,
+            keep,
+            len(ids),
         )
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -287,9 +299,14 @@ def _with_lora(encoder: nn.Module) -> nn.Module:
     raise BadInput(f"adapter: no query and value projections among {sorted(names)}; use 'full'")
 
 
+def layers_of(encoder: nn.Module) -> nn.ModuleList | None:
+    """The stack of an encoder's layers, lowest first."""
+    return next((p for p in encoder.modules() if isinstance(p, nn.ModuleList)), None)
+
+
 def _freeze_below(encoder: nn.Module, layers: int) -> None:
     """Leave only the uppermost layers trainable; the embeddings are frozen too."""
-    stack = next((p for p in encoder.modules() if isinstance(p, nn.ModuleList)), None)
+    stack = layers_of(encoder)
     if stack is None or layers > len(stack):
         count = len(stack) if stack is not None else 0
         raise BadInput(f"task: trainable_layers: {layers} of a model with {count} layers")

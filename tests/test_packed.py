@@ -142,7 +142,9 @@ def test_lanes_may_wait_and_end_at_different_times(tiny_task):
 @pytest.mark.parametrize("changes", [{"adapter": "lora"}, {"trainable_layers": 1},
                                      {"trainable_layers": 0}])  # fmt: skip
 def test_frozen_weights_are_shared(tiny_task, changes):
+    """With a trunk where layers are frozen, and the same numbers as without."""
     task = tiny_task(**changes)
+    assert batched.fit(task) == batched.Fit(trunk="trainable_layers" in changes)
     pack, jobs = Pack(task, 2, 4), [TorchJob(task, seed, Knobs(2e-3)) for seed in range(2)]
     for lane in range(2):
         pack.open(lane, task, lane, Knobs(2e-3))
@@ -169,7 +171,7 @@ def test_what_cannot_share_a_pack_is_refused(tiny_task):
 def test_all_lanes_at_once_is_the_same_as_one_by_one(tiny_task, knobs):
     """The two ways to step a stack: a GPU's and a CPU's."""
     task, results = tiny_task(), []
-    model = batched.BatchedModel(task, causal=False, compiled=False, device=torch.device("cpu"))
+    model = batched.BatchedModel(task, batched.Fit(), compiled=False, device=torch.device("cpu"))
     for together in (False, True):
         layout, random = lay_out(model, 4), torch.Generator().manual_seed(0)
         stack = Stack(layout, 10, 3, 2, torch.device("cpu"))
@@ -274,7 +276,7 @@ def test_other_families_of_models(tiny_task, tmp_path, kind):
     words.save_pretrained(tmp_path)
     task = tiny_task(model=str(tmp_path))
     assert batched.fit(task) == batched.Fit(causal=kind != "distilbert")
-    pack, job = Pack(task, 2, 4, causal=kind != "distilbert"), TorchJob(task, 0, Knobs(1e-3))
+    pack, job = Pack(task, 2, 4), TorchJob(task, 0, Knobs(1e-3))
     pack.open(0, task, 0, Knobs(1e-3))
     alike(pack.advance({0: 8})[0], job.advance(8))
     assert distance(job, pack.named(0)) <= 1e-5
