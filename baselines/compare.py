@@ -2,16 +2,19 @@
 
 A cell is one method on one task with one seed. Its key is a hash of everything that decides its
 outcome, so that calling `compare` again does what is missing and nothing twice. A cell has the
-same outcome, bit for bit but for its seconds, in this process or in any worker.
+same outcome, bit for bit but for its seconds, in this process or in any worker; computed in a pack
+with others it has the same up to rounding.
 """
 
 import functools
 import json
+import logging
 import math
 import platform
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -32,9 +35,14 @@ from envs.env import MakeJob
 from envs.errors import BadInput, RunFailed
 from envs.job import TorchJob
 from envs.knobs import RATE_CEILING, RATE_FLOOR
+from envs.lockstep import Lockstep
+from envs.packed import family
 from envs.task import Task
 
+PACKED = 5_000_000  # weights of the largest model whose runs are worth packing on a CPU
 _PACKAGES = ("numpy", "optuna", "torch", "transformers")
+
+logger = logging.getLogger(__name__)
 
 OnCell = Callable[[int, int, dict[str, Any]], None]  # done, total, the cell's description
 
@@ -72,6 +80,7 @@ def compare(
     runs: float,
     decades: float = 1.5,
     workers: int = 0,
+    pack: int = 1,
     on_cell: OnCell | None = None,
     make_job: MakeJob = TorchJob,
 ) -> list[dict[str, Any]]:
@@ -79,8 +88,10 @@ def compare(
 
     runs: every method's budget on a task, in whole runs. decades: how far from the `reference`
     rate the user's starting rate may lie either way. workers: processes of one thread each; 0
-    takes this one. With workers, methods and ``make_job`` must be picklable, and a script must
-    call this under ``if __name__ == "__main__"``.
+    takes this one. pack: cells of one family (`envs.packed`) whose runs are computed together, if
+    ``make_job`` is the plain `TorchJob`; models over `PACKED` weights run alone. With workers,
+    methods and ``make_job`` must be picklable, and a script must call this under
+    ``if __name__ == "__main__"``.
 
     A cell that raises is recorded and the others go on; `RunFailed` at the end says how many
     did. Ctrl-C stops at once; in both cases finished cells are kept: call again.
@@ -94,14 +105,17 @@ def compare(
     ledger.plan((cell.key, cell.description) for cell in cells)
     pending = set(ledger.pending())
     todo = sorted((c for c in cells if c.key in pending), key=lambda c: -c.size)
-    before, failed = len(cells) - len(todo), 0
-    with closing(each(partial(_attempt, ledger, make_job), todo, workers)) as work:
-        for done, (cell, status) in enumerate(work, before + 1):
-            if isinstance(status, Lost):
-                ledger.fail(cell.key, str(status))
-            failed += status != "done"
-            if on_cell is not None:
-                on_cell(done, len(cells), cell.description)
+    done, failed = len(cells) - len(todo), 0
+    groups = list(_groups(todo, pack if make_job is TorchJob else 1))
+    with closing(each(partial(_attempt, ledger, make_job), groups, workers)) as work:
+        for group, status in work:
+            for cell in group:
+                if isinstance(status, Lost):
+                    ledger.fail(cell.key, str(status))
+                done += 1
+                failed += isinstance(status, Lost) or cell.key in status
+                if on_cell is not None:
+                    on_cell(done, len(cells), cell.description)
     if failed:
         reasons = ledger.failures()
         first = next(cell for cell in cells if cell.key in reasons)
@@ -179,6 +193,35 @@ def run_cell(cell: Cell, make_job: MakeJob = TorchJob) -> dict[str, Any]:
         )
 
 
+def run_cells(cells: Sequence[Cell], make_job: MakeJob = TorchJob) -> list[dict[str, Any] | str]:
+    """The outcome of each cell, or why it failed; several are computed in one pack.
+
+    The seconds of a pack are shared out by what its cells spent.
+    """
+
+    def attempt(cell: Cell, make_job: MakeJob) -> dict[str, Any] | str:
+        try:
+            return run_cell(cell, make_job)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    if len(cells) == 1:
+        return [attempt(cells[0], make_job)]
+    lockstep = Lockstep(len(cells), classes=_room(cells[0].task))
+    began = time.perf_counter()
+    try:
+        with _one_thread():
+            found = lockstep.run([partial(attempt, cell, lockstep.open) for cell in cells])
+    except Exception as error:  # of the pack itself, memory for one
+        logger.warning("a pack of %d failed (%s); its cells run one by one", len(cells), error)
+        return [attempt(cell, make_job) for cell in cells]
+    seconds, good = time.perf_counter() - began, [o for o in found if not isinstance(o, str)]
+    for outcome in good:
+        outcome["seconds"] = seconds * outcome["spent"] / sum(o["spent"] for o in good)
+        outcome["packed"] = len(cells)
+    return found
+
+
 def outcomes(ledger: Ledger, keys: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """Finished cells in plan order, each with its description under ``cell``.
 
@@ -221,18 +264,36 @@ def pool(
     return [pair[:, 0] for pair in pairs], [pair[:, 1] for pair in pairs]
 
 
-def _attempt(ledger: Ledger, make_job: MakeJob, cell: Cell) -> str | None:
-    """``done``, ``failed`` (recorded), or None: another process has it."""
-    with ledger.claim(cell.key) as mine:
-        if not mine:
-            return None if cell.key in ledger.pending() else "done"
-        try:
-            outcome = run_cell(cell, make_job)
-        except Exception as error:
-            ledger.fail(cell.key, f"{type(error).__name__}: {error}")
-            return "failed"
-        ledger.commit(cell.key, outcome)
-    return "done"
+def _room(task: Task) -> int:
+    """Classes that a pack has room for, so that many tasks share it."""
+    return max(8, len(workload.load(task).classes))
+
+
+def _groups(cells: Sequence[Cell], pack: int) -> Iterator[tuple[Cell, ...]]:
+    """Cells that are computed together, in order of their first; large models stay alone."""
+    waiting: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        small = workload.parameters(cell.task.model) <= PACKED
+        key = (family(cell.task), _room(cell.task)) if pack > 1 and small else cell.key
+        waiting.setdefault(key, []).append(cell)
+    for alike in waiting.values():
+        for start in range(0, len(alike), pack):
+            yield tuple(alike[start : start + pack])
+
+
+def _attempt(ledger: Ledger, make_job: MakeJob, cells: tuple[Cell, ...]) -> set[str] | None:
+    """Keys of those that failed (recorded), or None: another process has one of the cells."""
+    with ExitStack() as claims:
+        mine = [cell for cell in cells if claims.enter_context(ledger.claim(cell.key))]
+        failed = set()
+        for cell, outcome in zip(mine, run_cells(mine, make_job) if mine else [], strict=True):
+            if isinstance(outcome, str):
+                ledger.fail(cell.key, outcome)
+                failed.add(cell.key)
+            else:
+                ledger.commit(cell.key, outcome)
+    others = {cell.key for cell in cells} - {cell.key for cell in mine}
+    return None if others & set(ledger.pending()) else failed
 
 
 @contextmanager

@@ -85,29 +85,25 @@ def on_device(
     )  # fmt: skip
 
 
-def feed(
-    lanes: Sequence[int], picks: Mapping[int, tuple[Rows, Tensor]], *, edge: int, length: int
-) -> Feed:
-    """Rows of several runs in one stack, as long as the longest of them.
+def feed(lanes: Sequence[int], picks: Mapping[int, tuple[Rows, Tensor]], length: int) -> Feed:
+    """Rows of several runs in one stack, cut to a length.
 
     picks: lane -> its split and (steps, rows) row numbers; lanes without get filler, as do the
-    steps that others have more. The stack's length is a multiple of ``edge``, at most ``length``.
+    steps that others have more.
     """
-    longest = max(int(rows.lengths[index.numpy()].max()) for rows, index in picks.values())
-    longest = min(-(-longest // edge) * edge, length)
     steps = max(len(index) for _, index in picks.values())
     some, index = next(iter(picks.values()))
     shape, device = (len(lanes), steps, index.shape[1]), some.ids.device
-    ids = torch.zeros(*shape, longest, *some.ids.shape[2:], dtype=some.ids.dtype, device=device)
-    mask = torch.ones(*shape, longest, device=device)
+    ids = torch.zeros(*shape, length, *some.ids.shape[2:], dtype=some.ids.dtype, device=device)
+    mask = torch.ones(*shape, length, device=device)
     labels = torch.zeros(shape, dtype=torch.int64, device=device)
     for number, lane in enumerate(lanes):
         if lane in picks:
             rows, index = picks[lane]
             where = index.to(device)
             entry = where if rows.source is None else rows.source[where]
-            ids[number, : len(index)] = rows.ids[entry, :longest]
-            mask[number, : len(index)] = rows.mask[where, :longest]
+            ids[number, : len(index)] = rows.ids[entry, :length]
+            mask[number, : len(index)] = rows.mask[where, :length]
             labels[number, : len(index)] = rows.labels[where]
     return Feed(ids, mask, labels)
 

@@ -24,7 +24,7 @@ from envs.task import Split, Task
 from envs.trunk import trunk_of
 
 CHUNK = 64  # rows of a split that are judged together
-EDGE = 8  # compiled lengths are multiples of it, so that few shapes are compiled
+EDGE = 8  # lengths are multiples of it, so that many tasks are of one family
 
 
 class Family(NamedTuple):
@@ -34,14 +34,19 @@ class Family(NamedTuple):
     adapter: str
     trainable_layers: int | None
     batch: int
-    max_length: int
     dropout: float
     interval: int  # so that no lane waits for another
+    length: int  # of every batch, so that a run's numbers do not depend on its neighbours
 
 
 def family(task: Task) -> Family:
     """The family of a task's runs."""
-    return Family(*(getattr(task, name) for name in Family._fields))
+    longest = max(int(rows.lengths.max()) for rows in workload.load(task).rows.values())
+    length = min(-(-longest // EDGE) * EDGE, task.max_length)
+    return Family(
+        task.model, task.adapter, task.trainable_layers, task.batch, task.dropout, task.interval,
+        length,
+    )  # fmt: skip
 
 
 @dataclass
@@ -236,7 +241,7 @@ class Pack:
 
     def _feed(self, lanes: list[int], picks: Mapping[int, tuple[Split, Tensor]]) -> Feed:
         found = {lane: (self._rows(lane, split), index) for lane, (split, index) in picks.items()}
-        return feed(lanes, found, edge=EDGE if self.compiled else 1, length=self.family.max_length)
+        return feed(lanes, found, self.family.length)
 
     def _rows(self, lane: int, split: Split) -> Rows:
         run = self._run(lane)

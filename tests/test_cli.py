@@ -147,7 +147,7 @@ def test_flags_over_file_over_defaults(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("agent: dqn\niterations: 7\n")
     config = resolve(TrainConfig, file, {"iterations": 9})
-    assert (config.agent, config.iterations, config.envs) == ("dqn", 9, 8)
+    assert (config.agent, config.iterations, config.envs) == ("dqn", 9, 64)
     assert read(file) == {"agent": "dqn", "iterations": 7}
 
 

@@ -8,6 +8,9 @@ import pytest
 import tiny
 import torch
 
+from baselines.compare import compare
+from baselines.schedules import CosineWarmup, Keep
+from baselines.search import Search
 from envs import batched
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
@@ -280,3 +283,21 @@ def test_other_families_of_models(tiny_task, tmp_path, kind):
     pack.open(0, task, 0, Knobs(1e-3))
     alike(pack.advance({0: 8})[0], job.advance(8))
     assert distance(job, pack.named(0)) <= 1e-5
+
+
+def test_cells_in_a_pack_have_the_outcomes_of_cells_one_by_one(tiny_task, tmp_path):
+    """Schedules and searches, with a pruner, of two tasks and two seeds; seconds apart."""
+    methods = [Keep(), CosineWarmup(), Search("random"), Search("tpe", "hyperband")]
+    tasks = [tiny_task(), tiny_task(classes=("tool", "city"))]
+    options = {"runs": 2.5, "decades": 0.5}
+    alone = compare(methods, tasks, (0, 1), tmp_path / "alone", **options)
+    packed = compare(methods, tasks, (0, 1), tmp_path / "packed", pack=4, **options)
+    assert [outcome.get("packed") for outcome in packed] == [4] * len(packed)
+    for one, other in zip(alone, packed, strict=True):
+        assert [t["knobs"] for t in one["trials"]] == [t["knobs"] for t in other["trials"]]
+        assert [t["state"] for t in one["trials"]] == [t["state"] for t in other["trials"]]
+        assert one["spent"] == other["spent"]
+        for mine, theirs in zip(one["trials"], other["trials"], strict=True):
+            assert mine["test"] == pytest.approx(theirs["test"], abs=0.05)
+            assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=0.01)
+            assert len(mine["curve"]) == len(theirs["curve"])

@@ -144,6 +144,7 @@ def run_comparison(
                 runs=config.runs,
                 decades=config.decades,
                 workers=config.workers,
+                pack=config.pack,
                 on_cell=lambda done, total, cell: tick(done, total, _cell_words(cell)),
             )
     keys = json.dumps([key_of(outcome["cell"]) for outcome in found])
@@ -161,6 +162,7 @@ def find_fixed(config: CompareConfig, out: Path, tick: Callable[[int, int, str],
         out / "fixed.sqlite",
         runs=1,
         workers=config.workers,
+        pack=config.pack,
         on_cell=lambda done, total, cell: tick(done, total, "best fixed setting"),
     )
     return best_fixed(candidates, found)

@@ -78,6 +78,7 @@ class CompareConfig(BaseModel):
     decades: float = Field(1.5, ge=0, le=3, description="how far starting rates are misjudged")
     steps: int | None = Field(None, ge=1, description="updates of a run; none: the task's")
     workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
+    pack: int = Field(8, ge=1, le=1024, description="runs of small models computed together")
     seed: int = Field(0, ge=0, description="the first seed")
 
     def jobs(self, names: tuple[str | dict[str, Any], ...]) -> list[Task]:
