@@ -150,12 +150,14 @@ def roofline(results: Mapping[str, Any]) -> str:
         rest = "not measured" if best is None else f"{1e3 * best - compute - near:.2f}"
         rows.append((
             str(side["width"]), f"{flop / 1e6:.0f}", f"{moved / 1e6:.1f}",
-            " / ".join(f"{rate:.0f}" for rate in rates), f"{compute:.2f}", f"{memory:.2f} / {near:.2f}",
+            " / ".join(f"{rate:.0f}" for rate in rates), f"{compute:.2f}",
+            f"{memory:.2f} / {near:.2f}",
             "not measured" if best is None else ms(best), rest,
             "not measured" if alone is None else ms(alone),
         ))  # fmt: skip
     head = ("width", "MFLOP", "MB", "bmm GFLOP/s: square / wide / attention", "products, ms",
-            "bytes, ms: memory / cache", "best pack, ms", "the rest, ms", "TorchJob, ms")  # fmt: skip
+            "bytes, ms: memory / cache", "best pack, ms", "the rest, ms",
+            "TorchJob, ms")  # fmt: skip
     return "\n\n".join([*lines, table(head, rows)])
 
 
