@@ -40,8 +40,9 @@ def merge(name: str, part: str, figures: Mapping[str, Any], *, seeds: Any) -> Pa
 
 
 def provenance(seeds: Any) -> dict[str, Any]:
-    """The seeds, the command, the hardware and the versions."""
-    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The seeds, the command, the hardware and the versions. A path of this machine is hidden."""
+    shown = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    arguments = [Path(sys.argv[0]).name, *shown]
     return {
         "seeds": seeds,
         "command": shlex.join(["python", f"benchmarks/{arguments[0]}", *arguments[1:]]),
