@@ -114,7 +114,7 @@ def _one(
         axes.minorticks_off()
         _ticks(axes, [p for row in lines.values() for p in row])
         axes.set_xlabel(label)
-        axes.set_ylabel("ms a run-step, one core")
+        axes.set_ylabel("ms a run-step, one core (log scale)")
         axes.legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -140,7 +140,7 @@ def _line(
 def _ticks(axes: Any, every: list[Point]) -> None:
     """Round numbers on a logarithmic axis, as plain decimals."""
     low, high = min(p.low for p in every) * 0.8, max(p.high for p in every) * 1.25
-    round_ones = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5)]
+    round_ones = [m * 10.0**e for e in range(-3, 5) for m in (1, 1.5, 2, 3, 4, 5, 7)]
     axes.set_ylim(low, high)
     shown = [t for t in round_ones if low <= t <= high]
     axes.set_yticks(shown, [f"{t:g}" for t in shown])
