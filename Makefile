@@ -39,10 +39,13 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m slow
 
+# DACBENCH names an interpreter that has dacbench; without one that case is skipped.
 bench: demo
 	$(BIN)/python benchmarks/env_overhead.py
 	$(BIN)/python benchmarks/callback_overhead.py
 	$(BIN)/python benchmarks/demo.py --run $(RUN)
+	$(BIN)/python benchmarks/speed.py $(if $(DACBENCH),--dacbench-python $(DACBENCH))
+	$(BIN)/python benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -12,24 +12,43 @@ from typing import Any
 
 import torch
 
+from envs.files import write_atomic
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "optuna", "numpy")
+PACKAGES = (
+    "torch", "transformers", "peft", "gymnasium", "stable-baselines3", "optuna", "numpy",
+)  # fmt: skip
 
 
 def record(name: str, figures: Mapping[str, Any], *, seeds: Any) -> Path:
     """Write ``results/<name>.json``: the figures first, then everything needed to repeat them."""
-    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    content = {
-        **figures,
+    path = RESULTS / f"{name}.json"
+    write_atomic(path, _text({**figures, **provenance(seeds)}))
+    return path
+
+
+def merge(name: str, part: str, figures: Mapping[str, Any], *, seeds: Any) -> Path:
+    """Put one part into ``results/<name>.json`` and leave the others as they were.
+
+    Each part keeps its own provenance: parts may be measured on different machines.
+    """
+    path = RESULTS / f"{name}.json"
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    parts[part] = {**figures, **provenance(seeds)}
+    write_atomic(path, _text(dict(sorted(parts.items()))))
+    return path
+
+
+def provenance(seeds: Any) -> dict[str, Any]:
+    """The seeds, the command, the hardware and the versions. A path of this machine is hidden."""
+    shown = ["PATH" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    arguments = [Path(sys.argv[0]).name, *shown]
+    return {
         "seeds": seeds,
         "command": shlex.join(["python", f"benchmarks/{arguments[0]}", *arguments[1:]]),
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
     }
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    return path
 
 
 def hardware() -> dict[str, Any]:
@@ -40,6 +59,10 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _text(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _cpu() -> str:
