@@ -6,6 +6,7 @@ the attention mask is an additive float one (a boolean one is silently wrong), a
 be compiled.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
-from envs import trunk, workload
+from envs import memory, trunk, workload
+from envs.errors import RunFailed
 from envs.task import Task
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # between the losses of the batched and the plain model at the start
 SHAPES = 64  # of one function that may be compiled
@@ -42,7 +47,11 @@ class BatchedModel:
     run once over all of them.
     """
 
-    def __init__(self, task: Task, how: "Fit", *, compiled: bool, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, how: "Fit", *, compiled: bool, device: torch.device, together: int = 64
+    ) -> None:
+        """together: runs that are computed at a time; smaller parts stay in a CPU's caches."""
+        self.together = together
         load = workload.load(task)
         self.module = load.module(0).to(device)
         self.encoder: Any = self.module.encoder
@@ -72,7 +81,7 @@ class BatchedModel:
         self, weights: Weights, batch: Batch
     ) -> tuple[dict[str, Tensor], Tensor | None, Tensor]:
         """Gradients by name, those of the entering states if they are trained, and losses."""
-        found, losses = self._gradients(weights, *batch)
+        found, losses = self._in_parts(self._gradients, weights, batch)
         by_name, states = found if self.trains_table else (found, None)
         return by_name, states, losses
 
@@ -81,9 +90,35 @@ class BatchedModel:
         training = self.module.training
         self.module.eval()
         with torch.no_grad():
-            result: tuple[Tensor, Tensor] = self._rows(weights, *batch)
+            result: tuple[Tensor, Tensor] = self._in_parts(self._rows, weights, batch)
         self.module.train(training)
         return result
+
+    def _in_parts(self, function: Callable[..., Any], weights: Weights, batch: Batch) -> Any:
+        """Runs, ``together`` at a time; where memory runs out, half as many from then on."""
+        runs = len(batch.mask)
+        while True:
+            try:
+                parts = [
+                    function(
+                        {name: value[start : start + self.together]
+                         for name, value in weights.items()},
+                        *(value[start : start + self.together] for value in batch),
+                    )
+                    for start in range(0, runs, self.together)
+                ]  # fmt: skip
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+                if self.together == 1:
+                    raise RunFailed(
+                        "pack: not even one run at a time fits into the memory; lower batch or "
+                        "max_length"
+                    ) from error
+                self.together = min(self.together, runs) // 2 or 1
+                logger.warning("out of memory: %d runs at a time from now on", self.together)
+                continue
+            return parts[0] if len(parts) == 1 else tree_map(lambda *x: torch.cat(x), *parts)
 
     def _logits(self, weights: Weights, states: Tensor, mask: Tensor, classes: Tensor) -> Tensor:
         additive = (1.0 - mask)[:, None, None, :] * LOWEST

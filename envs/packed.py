@@ -75,13 +75,15 @@ class Pack:
     """
 
     def __init__(
-        self, task: Task, lanes: int, classes: int, *, compiled: bool = False,
-        device: str | torch.device = "cpu",
+        self, task: Task, lanes: int, classes: int, *, together: int | None = None,
+        compiled: bool = False, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        """classes: room in the heads; a run may have fewer."""
+        """classes: room in the heads. together: lanes computed at a time, by default all."""
         self.family, self.lanes, self.compiled = family(task), lanes, compiled
         self._device = torch.device(device)
-        self._model = BatchedModel(task, fit(task), compiled=compiled, device=self._device)
+        self._model = BatchedModel(
+            task, fit(task), compiled=compiled, device=self._device, together=together or lanes
+        )
         self._layout = lay_out(self._model, classes)
         self._classes = torch.zeros(lanes, classes, device=self._device)
         named = dict(self._model.module.named_parameters())
