@@ -91,11 +91,20 @@ def play(settings: dict[str, Any]) -> dict[str, Any]:
         "number": settings["number"], "task": task.dataset, "model": task.model,
         "steps": task.steps, "interval": task.interval, "batch": task.batch,
         "rows": context.rows, "classes": context.classes, "noise": task.noise,
-        "parameters": context.parameters, "optimizer": settings["optimizer"],
+        "prior": prior(task), "parameters": context.parameters, "optimizer": settings["optimizer"],
         "shape": settings["shape"], "rate": rounded(settings["rate"]), "seed": settings["seed"],
         "reason": info["reason"], "metric": [rounded(value) for value in metrics],
         "reports": [report(progress) for progress in env.history],
     }  # fmt: skip
+
+
+def prior(task: Task) -> float:
+    """Validation loss, in nats, of a model that knows the training classes' frequencies only."""
+    load = workload.load(task)
+    rows = load.rows
+    counts = np.bincount(rows["train"].labels.numpy(), minlength=len(load.classes))
+    shares = np.maximum(counts, 0.5) / counts.sum()
+    return rounded(float(-np.log(shares[rows["validation"].labels.numpy()]).mean()))
 
 
 def report(progress: Progress) -> dict[str, Any]:
