@@ -41,7 +41,7 @@ class Draw(NamedTuple):
     shape: Index  # place in `SHAPES`
     hidden: NDArray[np.bool_]  # validation losses are not observed
     first: Array  # validation loss before training
-    rate: Array  # at the start
+    rate: NDArray[np.float64]  # at the start
     optimizer: Index  # place in `OPTIMIZERS`, at the start
     normals: NDArray[np.float32]  # (n, decisions, OTHERS + longest interval)
 
@@ -112,16 +112,19 @@ class Recipe:
         own = normals[:, self._decisions * width :].T.astype(np.float64)
         own = np.minimum(np.maximum(own, -EXTREME), EXTREME)
         laws = curves.law(self.constants, given, self._deviations[:, None] * own[1:])
+        given, laws = Settings(given.task, *map(single, given[1:])), Law(*map(single, laws))
         optimizer = pick(self._optimizers, share[6])
         exponent = self._spread * (2.0 * share[7] - 1.0)
-        rate = np.clip(self.rulers[optimizer] * 10.0**exponent, RATE_FLOOR, RATE_CEILING)
+        rate: NDArray[np.float64] = np.clip(
+            self.rulers[optimizer] * 10.0**exponent, RATE_FLOOR, RATE_CEILING
+        )
         return Draw(
             given=given,
             laws=laws,
-            updates=updates,
+            updates=single(updates),
             shape=pick(self._shapes, share[8]),
             hidden=share[9] < self._blind,
-            first=laws.start * np.exp(FIRST * own[0]),
+            first=laws.start * np.exp(single(FIRST * own[0])),
             rate=rate,
             optimizer=optimizer,
             normals=normals[:, : self._decisions * width].reshape(count, self._decisions, width),
@@ -151,3 +154,8 @@ class Recipe:
 def pick(values: NDArray[Any], share: Array) -> NDArray[Any]:
     """One of the values for each uniform number in [0, 1)."""
     return np.asarray(values[(share * len(values)).astype(np.intp)])
+
+
+def single(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Single precision: what a curve needs, at half the time."""
+    return values.astype(np.float32)

@@ -32,7 +32,8 @@ def noise_of(fitted: dict[str, Any]) -> Noise:
     """The regressions of a fitted file."""
     readings = fitted["readings"]
     probe = [[readings["probe"][kind][figure] for figure in FIGURES] for kind in OPTIMIZERS]
-    return Noise(*(np.array(readings[name]) for name in Noise._fields[:-1]), np.array(probe))
+    every = [*(readings[name] for name in Noise._fields[:-1]), probe]
+    return Noise(*(np.array(values, dtype=np.float32) for values in every))
 
 
 def train_losses(

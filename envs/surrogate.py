@@ -11,8 +11,9 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from envs import curves, readings
+from envs.curves import Weights
 from envs.env import BLOWN, EXPLORE
-from envs.episodes import OTHERS, Draw, Recipe
+from envs.episodes import OTHERS, Draw, Recipe, single
 from envs.errors import BadInput, UnknownName
 from envs.hands import Decisions, decode_many, turn_many
 from envs.knobs import OPTIMIZERS, SHAPES, Actions, Knobs, Optimizer, Shape, exchange, factor
@@ -32,7 +33,7 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
     `envs.readings`. Episodes end after ``decisions`` intervals or when the run diverges, and the
     next one begins in the same step (``AutoresetMode.SAME_STEP``, with ``final_obs`` and
     ``final_info`` as `SyncVectorEnv` gives them). Each environment owns its generator: with seed s
-    it lives the same episodes whatever its neighbours do, however many they are.
+    it lives the same episodes, up to rounding, whatever its neighbours do and however many.
 
     Arguments:
         num_envs: runs simulated together; a few thousand are fastest.
@@ -48,6 +49,20 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+
+    _draw: Draw  # the running episodes
+    _weights: Weights
+    _snapshot: Weights  # with the lowest loss that may be seen
+    _rate: NDArray[np.float64]  # peak rate in force
+    _start: NDArray[np.float64]  # starting rate, in terms of the optimizer in use
+    _optimizer: Index
+    _pace: Array  # mean rate of the last interval, as a multiple of the reference rate
+    _count: Index  # intervals done
+    _loss: Array  # last validation loss that was not a divergence
+    _measured: Array  # last validation loss
+    _best: Array
+    _now: Reports
+    _jobs: Contexts
 
     def __init__(
         self,
@@ -78,8 +93,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
             optimizers=optimizers, shape=shape, blind=blind, jitter=jitter,
         )  # fmt: skip
         self._noise = readings.noise_of(content)
-        self._probe = np.ascontiguousarray(np.moveaxis(self._noise.probe, 0, -1))
-        self._constants = np.ascontiguousarray(curves.constants_of(content).optimizer.T)
+        self._probe = single(np.moveaxis(self._noise.probe, 0, -1).copy())
+        self._constants = single(self._recipe.constants.optimizer.T.copy())
         size = content["parameters"]
         self._exchange = np.array(
             [[exchange(old, new, size, "full") for new in OPTIMIZERS] for old in OPTIMIZERS]
@@ -88,7 +103,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
             [
                 [factor(Knobs(shape=shape), step, decisions) for step in range(decisions + 1)]
                 for shape in SHAPES
-            ]
+            ],
+            dtype=np.float32,
         )
         self._generators: list[np.random.Generator] = []
         self._columns = np.arange(num_envs)
@@ -162,13 +178,15 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         self._draw = draw = self._recipe.draw(self._generators)
         self._weights, self._snapshot = curves.fresh(draw.laws), curves.fresh(draw.laws)
         self._rate, self._start, self._optimizer = draw.rate, draw.rate.copy(), draw.optimizer
-        self._pace, self._count = np.zeros(count), np.zeros(count, dtype=np.intp)
+        self._pace, self._count = np.zeros(count, np.float32), np.zeros(count, dtype=np.intp)
         self._loss, self._measured, self._best = (draw.first.copy() for _ in range(3))
-        nothing = [np.zeros(count) for _ in range(len(Reports._fields) - 5)]
-        tracks = [np.full((depth, count), np.nan) for _ in range(4)]
-        losses = np.full((self._recipe.longest, count), np.nan)
-        self._now = Reports(*nothing, losses, *tracks)
-        self._jobs = Contexts(*(np.zeros(count) for _ in range(4)), np.zeros((6, count)))
+        nothing = [np.zeros(count, np.float32) for _ in range(len(Reports._fields) - 5)]
+        tracks = [np.full((depth, count), np.nan, np.float32) for _ in range(4)]
+        losses = np.full((self._recipe.longest, count), np.nan, np.float32)
+        self._now = Reports._make([*nothing, losses, *tracks])
+        self._jobs = Contexts._make(
+            np.zeros((size, count) if size > 1 else count, np.float32) for size in (1, 1, 1, 1, 6)
+        )
         self._start_reports(self._columns, draw)
 
     def _begin(self, which: Index) -> None:
@@ -217,9 +235,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
     def _keep(self, seen: Array, lost: NDArray[np.bool_]) -> None:
         """Remember the weights where the loss that may be seen is the lowest so far."""
         better = (seen < self._best) & ~lost
-        np.copyto(self._best, seen, where=better)
-        for kept, mine in zip(self._snapshot, self._weights, strict=True):
-            np.copyto(kept, mine, where=better)
+        self._best = np.where(better, seen, self._best)
+        self._snapshot = choose(better, self._weights, self._snapshot)
 
     def _info(self) -> dict[str, Any]:
         """What `FineTuneEnv` tells, for all environments, with gymnasium's masks."""
@@ -249,7 +266,7 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
             last[i] = row
         final = self._info()
         final["reason"][lost] = REASON
-        for name, values in final.items():
+        for values in final.values():
             values[~done] = None if values.dtype == object else 0
         return {
             "final_obs": last,
@@ -260,9 +277,9 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
 
     def _turn(self, decided: Decisions) -> None:
         """Put the decisions in force."""
-        for mine, kept in zip(self._weights, self._snapshot, strict=True):
-            np.copyto(mine, kept, where=decided.rollback)
-        low, high, share = self._start / EXPLORE, self._start * EXPLORE, 1.0
+        self._weights = choose(decided.rollback, self._snapshot, self._weights)
+        low, high = self._start / EXPLORE, self._start * EXPLORE
+        share: NDArray[np.float64] | float = 1.0
         if self.actions.optimizers:
             new = np.where(decided.optimizer < 0, self._optimizer, decided.optimizer)
             share = self._exchange[self._optimizer, new]
@@ -275,7 +292,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         draw, noise, at = self._draw, self._noise, self._count
         shape, normals = draw.shape, draw.normals[self._columns, at].T
         ahead, behind = self._factors[shape, at + 1], self._factors[shape, at]
-        pace = self._rate / self._jobs.ruler * np.maximum(0.5 * (ahead + behind), 1e-6)
+        relative = single(self._rate / self._jobs.ruler)
+        pace = relative * np.maximum(0.5 * (ahead + behind), 1e-6)
         begun = curves.losses(self._weights, draw.laws)[0]
         constants = self._constants[:, self._optimizer]
         self._weights = curves.interval(
@@ -294,7 +312,7 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         last = ahead + (behind - ahead) / draw.updates
         seen = readings.predictors(
             logs[draw.updates.astype(np.intp) - 1, self._columns] - np.log(start),
-            np.log10(self._rate / self._jobs.ruler * np.maximum(last, 1e-9)),
+            np.log10(relative * np.maximum(last, 1e-9)),
             batch,
         )
         figures = readings.probe(self._probe[..., self._optimizer], seen, normals[1:OTHERS])
@@ -310,7 +328,7 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         figures: tuple[Array, Array, Array, Array],
     ) -> None:
         """What the features are made of."""
-        now, draw, step = self._now, self._draw, self._count * self._draw.updates
+        now, draw, step = self._now, self._draw, single(self._count) * self._draw.updates
         shown = np.where(draw.hidden, np.nan, validation)
         for track, value in (
             (now.train, train),
@@ -322,11 +340,21 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
             track[-1] = value
         gradient, clipped, update, cosine = figures
         self._now = now._replace(
-            step=step, rate=self._rate, factor=self._factors[draw.shape, self._count],
-            updates=draw.updates, age=np.where(draw.hidden, self._count, 0.0), gradient=gradient,
-            clipped=clipped, update=update, cosine=cosine, change=decided.change,
-            rolled_back=decided.rollback, losses=losses,
+            step=step, rate=single(self._rate), factor=self._factors[draw.shape, self._count],
+            updates=draw.updates, age=single(self._count * draw.hidden), gradient=gradient,
+            clipped=clipped, update=update, cosine=cosine, change=single(decided.change),
+            rolled_back=single(decided.rollback), losses=losses,
         )  # fmt: skip
+
+
+def choose(which: NDArray[np.bool_], one: Weights, other: Weights) -> Weights:
+    """The one's weights where asked, elsewhere the other's."""
+    return Weights(*(np.where(which, a, b) for a, b in zip(one, other, strict=True)))
+
+
+def columns(arrays: tuple[Any, ...], which: Index) -> tuple[Any, ...]:
+    """Some columns of (..., n) arrays."""
+    return tuple(array[..., which] for array in arrays)
 
 
 def put(mine: tuple[Any, ...], which: Index, new: tuple[Any, ...]) -> None:
