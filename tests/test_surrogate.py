@@ -17,6 +17,7 @@ from envs.progress import Context, Progress
 from envs.reward import CEILING, PENALTY
 from envs.surrogate import SurrogateVectorEnv
 from tuner.recorder import Recorder
+from tuner.tabular import TabularAgent, TabularConfig, q_learning
 
 NAMES = [feature.name for feature in FEATURES]
 KEEP = Actions().keep
@@ -316,3 +317,27 @@ def test_a_step_before_the_reset_raises():
         SurrogateVectorEnv(2).step([KEEP, KEEP])
     with pytest.raises(UnknownName):
         SurrogateVectorEnv(2).reset(options={"ratte": 1})
+
+
+def mean_return(env, act, episodes=20):
+    """Mean return of the episodes that begin with a seed of their own; its standard error."""
+    recorder = Recorder(env)
+    observations, _ = recorder.reset(seed=10_000)
+    for _ in range(10 * episodes):
+        observations, *_ = recorder.step(act(observations))
+    returns = np.array(recorder.returns)
+    return returns.mean(), returns.std() / math.sqrt(len(returns))
+
+
+def test_q_learning_beats_keeping_the_rate():
+    """On episodes it was not trained on, from starting rates over three decades."""
+    actions = Actions(multipliers=(0.1, 0.3, 1.0, 3.0))
+    env = SurrogateVectorEnv(128, actions=actions, shape="any")
+    agent = TabularAgent(q_learning, actions.size, actions.keep, TabularConfig(episodes=4))
+    for i in range(30):
+        agent.learn(env, seed=i, share=i / 30)
+    _, arrays = agent.network()
+    table = arrays["table"].reshape(-1, actions.size)
+    learned, error = mean_return(env, lambda seen: table[agent.states(seen)].argmax(1))
+    kept, other = mean_return(env, lambda seen: np.full(128, actions.keep))
+    assert learned - kept > max(0.05, 4 * math.hypot(error, other))
