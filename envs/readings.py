@@ -15,17 +15,20 @@ Array = NDArray[np.floating[Any]]
 
 FIGURES = ("gradient", "update", "cosine")  # natural log, log10, plain
 PREDICTORS = ("one", "loss", "rate", "batch", "pull")  # see `predictors`
-WIDEST = 1.5  # largest deviation of a log loss
+WIDEST = 1.5  # largest deviation of anything
+HOT = 0.3  # decades of the rate above which broken features make no more noise
+LOWEST, HIGHEST = -6.0, 1.5  # decades of the rate, where the regressions hold
 SAMPLED = 1.04  # whole gradient norm over the sampled one (see probe.py)
 
 
 class Noise(NamedTuple):
     """Regressions of the readings."""
 
-    train: Array  # (3,): log deviation of a log training loss: 1, log share of start, log batch
-    validation: Array  # (2,): deviation of a log validation loss: 1, share held up by noise
+    train: Array  # (4,): log deviation of a log training loss: `predictors`
+    validation: Array  # (2,): log deviation of a log validation loss: 1, log of the share held up
     metric: Array  # (3,): accuracy: 1, log share of start, 1 over the classes
-    probe: Array  # (optimizers, len(FIGURES), len(PREDICTORS) + 1), the last the deviation
+    probe: Array  # (optimizers, len(FIGURES), len(PREDICTORS) + 2): last, a log deviation and
+    # what a decade of the rate adds to it
 
 
 def noise_of(fitted: dict[str, Any]) -> Noise:
@@ -37,23 +40,23 @@ def noise_of(fitted: dict[str, Any]) -> Noise:
 
 
 def train_losses(
-    noise: Noise, begun: Array, ended: Array, start: Array, batch: Array, count: Array, draws: Array
+    noise: Noise, begun: Array, ended: Array, seen: Array, count: Array, draws: Array
 ) -> Array:
     """Logs of the losses of ``count`` updates between two expected ones: (L, n).
 
-    draws: (L, n) standard normal. Behind the end of a shorter interval is NaN.
+    seen: `predictors`; draws: (L, n) standard normal. Behind the end of a shorter interval is NaN.
     """
     low, high = np.log(begun), np.log(ended)
-    base, fall, crowd = noise.train
-    wide = base + fall * (0.5 * (low + high) - np.log(start)) + crowd * np.log(batch / 16.0)
+    cool = np.array([*seen[:2], np.minimum(seen[2], HOT), seen[3]])
+    wide = np.minimum(np.exp(weighted(noise.train[:, None], cool)), WIDEST)
     place = np.arange(0.5, len(draws), dtype=draws.dtype)[:, None] / count
-    logs = low + (high - low) * place + np.minimum(np.exp(wide), WIDEST) * draws
-    return np.asarray(np.where(place < 1.0, logs, np.nan))
+    return np.asarray(np.where(place < 1.0, low + (high - low) * place + wide * draws, np.nan))
 
 
 def validation_loss(noise: Noise, expected: Array, held: Array, draw: Array) -> Array:
     """The measured validation loss; held: share of the features' loss held up by noise."""
-    return np.asarray(expected * np.exp((noise.validation[0] + noise.validation[1] * held) * draw))
+    wide = np.minimum(np.exp(noise.validation[0] + noise.validation[1] * np.log(held)), WIDEST)
+    return np.asarray(expected * np.exp(wide * draw))
 
 
 def accuracy(noise: Noise, validation: Array, start: Array, classes: Array) -> Array:
@@ -65,15 +68,22 @@ def accuracy(noise: Noise, validation: Array, start: Array, classes: Array) -> A
 
 def predictors(loss: Array, rate: Array, batch: Array) -> Array:
     """(4, n): 1, log of loss over start, decades of rate over the reference, log batch over 16."""
-    return np.array([np.ones_like(loss), loss, rate, np.log(batch / 16.0)])
+    held = np.minimum(np.maximum(rate, LOWEST), HIGHEST)
+    return np.array([np.ones_like(loss), loss, held, np.log(batch / 16.0)])
+
+
+def weighted(coefficients: Array, seen: Array) -> Array:
+    """Sum of coefficients (..., 4, n) times predictors (4, n)."""
+    return np.asarray(np.add.reduce(coefficients * seen, axis=-2))
 
 
 def probe(coefficients: Array, seen: Array, draws: Array) -> tuple[Array, Array, Array, Array]:
     """(gradient norm, clipped share, update ratio, cosine), as `envs.probe` reads them.
 
-    coefficients: (FIGURES, PREDICTORS + 1, n); seen: `predictors`; draws: (FIGURES, n).
+    coefficients: (FIGURES, PREDICTORS + 2, n); seen: `predictors`; draws: (FIGURES, n).
     """
-    expected = np.add.reduce(coefficients[:, :4] * seen, axis=1) + coefficients[:, 5] * draws
+    wide = np.exp(coefficients[:, 5] + coefficients[:, 6] * seen[2])
+    expected = weighted(coefficients[:, :4], seen) + np.minimum(wide, WIDEST) * draws
     gradient = np.exp(expected[0])
     pull = np.minimum(expected[0], 0.0)
     update = 10.0 ** (expected[1] + coefficients[1, 4] * pull)

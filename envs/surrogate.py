@@ -301,18 +301,16 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         )
         self._pace, self._count = pace, at + 1
         ended, expected = curves.losses(self._weights, draw.laws)
-        start, batch = draw.laws.start, draw.given.batch
-        logs = readings.train_losses(
-            noise, begun, ended, start, batch, draw.updates, normals[OTHERS:]
-        )
+        batch, start = draw.given.batch, np.log(draw.laws.start)
+        seen = readings.predictors(0.5 * np.log(begun * ended) - start, np.log10(pace), batch)
+        logs = readings.train_losses(noise, begun, ended, seen, draw.updates, normals[OTHERS:])
         held = curves.held(draw.laws, pace, constants)
         validation = readings.validation_loss(noise, expected, held, normals[0])
         losses = np.exp(logs)
         train = np.add.reduce(np.where(np.isnan(losses), 0.0, losses), axis=0) / draw.updates
-        last = ahead + (behind - ahead) / draw.updates
         seen = readings.predictors(
-            logs[draw.updates.astype(np.intp) - 1, self._columns] - np.log(start),
-            np.log10(relative * np.maximum(last, 1e-9)),
+            logs[draw.updates.astype(np.intp) - 1, self._columns] - start,
+            np.log10(relative * np.maximum(ahead + (behind - ahead) / draw.updates, 1e-6)),
             batch,
         )
         figures = readings.probe(self._probe[..., self._optimizer], seen, normals[1:OTHERS])

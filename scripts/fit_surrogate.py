@@ -13,7 +13,6 @@ regression. Writes ``envs/surrogate.json`` and ``benchmarks/results/surrogate_fi
 import argparse
 import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +24,17 @@ from envs import curves
 from envs.curves import Constants, Settings, Weights
 from envs.knobs import OPTIMIZERS, Knobs, factor, reference_rate
 from envs.observe import slope
-from envs.readings import FIGURES
+from envs.readings import FIGURES, HOT
 from envs.reward import CEILING
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from record import record as record_figures
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "benchmarks" / "results" / "surrogate_runs.jsonl.gz"
+FIGURES_FILE = RUNS.parent / "surrogate_fit.json"
 TASKS = ("trec6", "trec50", "sms", "movie", "amazon", "tweets")
 DECISIONS = 10
+AGAIN = 100_000  # as in record_runs.py
 FINAL_WEIGHT, TRAIN_WEIGHT = 3.0, 0.3
+LEAST_FACTOR = 0.02  # of the schedule's shape: below, an update is rounding
 PRIOR_WEIGHT = 0.05  # pull of each constant towards its first guess
 EM_ROUNDS, EM_DRAWS, EM_TOLERANCE = 8, 150, 0.05  # tolerance: a squared residual of a run
 
@@ -158,7 +157,8 @@ def residuals(constants: Constants, record: Record, jitter: Any = None) -> Any:
     real = np.clip(root(record.validation[1:], start), -wide, None)
     seen = np.clip(root(validation[1:], start), -wide, None)
     weight = np.ones_like(real)
-    weight[-1] = FINAL_WEIGHT
+    ran = (~np.isnan(real)).sum(0)
+    weight[ran - 1, np.arange(len(ran))] = FINAL_WEIGHT
     off = np.where(np.isnan(real), 0.0, weight * (seen - real))
     cap = np.log(np.e * 3 * start)
     logs = np.clip(np.log(np.maximum(record.train, 3e-3)), None, cap)
@@ -188,7 +188,7 @@ def unpack(flat: Any) -> Constants:
 
 def split(record: Record, held: bool) -> Record:
     """The runs that are held back, or the others: whole settings, a quarter of each task's."""
-    mask = ((record.number // len(TASKS)) % 4 == 0) == held
+    mask = (((record.number // len(TASKS)) % 4 == 0) == held) & (record.number < AGAIN)
     return Record(
         record.number[mask], Settings(*(part[mask] for part in record.given)),
         *(part[..., mask] for part in record[2:]),
@@ -217,6 +217,19 @@ def agreement(constants: Constants, record: Record) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def ceiling(record: Record) -> dict[str, Any]:
+    """How far two runs of the same settings agree that differ in their seed only."""
+    place = {number: i for i, number in enumerate(record.number.tolist())}
+    pairs = [(place[n - AGAIN], place[n]) for n in place if n >= AGAIN and n - AGAIN in place]
+    real = quality(record.validation, record.validation[0])
+    one, other = (real[[pair[k] for pair in pairs]] for k in (0, 1))
+    return {
+        "settings": len(pairs),
+        "spearman": round(float(spearmanr(one, other)[0]), 3),
+        "mean_absolute_error": round(float(np.abs(one - other).mean()), 3),
+    }
+
+
 def spreads(constants: Constants, record: Record, rng: np.random.Generator) -> tuple[Any, Any]:
     """How runs alike differ: deviations of `curves.JITTER`, and each run's likely jitter.
 
@@ -243,62 +256,66 @@ def readings(
 ) -> dict[str, Any]:
     """The regressions of noise and probe figures, from what the curves leave over."""
     _, validation = simulate(constants, record, jitter)
-    start = np.log(record.given.classes)
     laws = curves.law(constants, record.given, jitter)
-    held = curves.held(laws, np.nan_to_num(record.rate), constants.optimizer[record.optimizer].T)
+    held = curves.held(laws, record.rate, constants.optimizer[record.optimizer].T)
     over = np.log(record.validation[1:] / validation[1:])
-    steps = np.abs(np.diff(over, axis=0)) / np.sqrt(2) * np.sqrt(np.pi / 2)
-    usable = np.isfinite(steps) & (np.abs(over[1:]) < 1)
-    line = np.stack([np.ones(usable.sum()), held[1:][usable]], 1)
-    coefficients = np.maximum(np.linalg.lstsq(line, steps[usable], rcond=None)[0], 0.0)
-    rows = [row for i, run in enumerate(runs) for row in table(run, start[i])]
+    # Two noisy readings differ by the root of two times one reading's noise; a curve that is off
+    # is so in both, so that second differences leave it out.
+    steps = np.diff(over, n=2, axis=0) / np.sqrt(6)
+    usable = np.isfinite(steps) & (np.abs(over[2:]) < 1) & (steps != 0)
+    line = np.stack([np.ones(usable.sum()), np.log(held[2:][usable])], 1)
+    rows = [row for i, run in enumerate(runs) for row in table(run)]
     seen = np.array([row[1:] for row in rows])
     kinds = np.array([row[0] for row in rows])
+    cool = np.column_stack([seen[:, :2], np.minimum(seen[:, 2], HOT), seen[:, 3]])
     return {
-        "train": train_noise(seen),
-        "validation": rounded(coefficients),
+        "train": rounded(deviation_line(cool, seen[:, 5])),
+        "validation": rounded(deviation_line(line, steps[usable])),
         "metric": metric(runs),
         "probe": {name: figures(seen[kinds == i]) for i, name in enumerate(OPTIMIZERS)},
     }
 
 
-def table(run: dict[str, Any], start: float) -> list[tuple[float, ...]]:
-    """A row for each sound report: optimizer, predictors, and what is to be predicted."""
+def table(run: dict[str, Any]) -> list[tuple[float, ...]]:
+    """A row for each sound report: optimizer, then predictors, and what is to be predicted."""
     ruler = reference_rate(run["parameters"], run["optimizer"], "full")
-    batch, knobs = np.log(run["batch"] / 16), Knobs(shape=run["shape"])
-    rows = []
+    start, batch = np.log(np.log(run["classes"])), np.log(run["batch"] / 16)
+    rows, knobs = [], Knobs(shape=run["shape"])
     for t, report in enumerate(run["reports"][1:]):
         losses = np.array(report["losses"])
         numbers = (report["gradient"], report["update"], report["cosine"])
-        if not (np.isfinite([*losses, *numbers]).all() and min(*losses, *numbers[:2]) > 0):
+        last = factor(knobs, (t + 1) * run["interval"] - 1, run["steps"])
+        sound = np.isfinite([*losses, *numbers]).all() and min(*losses, *numbers[:2]) > 0
+        if not sound or last < LEAST_FACTOR:
             continue
-        last = (t + 1) * run["interval"] - 1
-        rate = np.log10(report["rate"] / ruler * factor(knobs, last, run["steps"]) + 1e-12)
-        rest = slope(losses)[1] * np.sqrt(len(losses) / (len(losses) - 2))
+        relative = report["rate"] / ruler
+        noise = slope(losses)[1] * np.sqrt(len(losses) / (len(losses) - 2))
         rows.append(
-            (OPTIMIZERS.index(run["optimizer"]), np.log(losses[-1] / start), rate, batch,
-             np.log(losses).mean() - np.log(start), rest, np.log(numbers[0]), np.log10(numbers[1]),
-             numbers[2])
+            (OPTIMIZERS.index(run["optimizer"]), 1.0, np.log(losses).mean() - start,
+             np.log10(relative * mean_factor(run, t)), batch, np.log(losses[-1]) - start, noise,
+             np.log10(relative * last), np.log(numbers[0]), np.log10(numbers[1]), numbers[2])
         )  # fmt: skip
     return rows
 
 
-def train_noise(seen: Any) -> list[float]:
-    """Log deviation of log losses against their mean and the batch."""
-    known = seen[:, 4] > 0
-    line = np.stack([np.ones(known.sum()), seen[known, 3], seen[known, 2]], 1)
-    return rounded(np.linalg.lstsq(line, np.log(seen[known, 4]), rcond=None)[0])
+def deviation_line(line: Any, rest: Any) -> Any:
+    """Log deviation as a linear function, scaled to leave the whole variance as it is."""
+    known = np.abs(rest) > 0
+    found = np.linalg.lstsq(line[known], np.log(np.abs(rest[known])), rcond=None)[0]
+    guess = np.exp(line[known] @ found)
+    found[0] += 0.5 * np.log(np.mean(np.minimum((rest[known] / guess) ** 2, 50.0)))
+    return found
 
 
 def figures(seen: Any) -> dict[str, list[float]]:
-    """Gradient norm, update ratio and cosine: coefficients of `PREDICTORS`, and the deviation."""
-    base = np.stack([np.ones(len(seen)), seen[:, 0], seen[:, 1], seen[:, 2]], 1)
-    pulled = np.column_stack([base, np.minimum(seen[:, 5], 0.0)])
+    """Gradient norm, update ratio and cosine: `PREDICTORS`, then the deviation's line."""
+    base = np.stack([np.ones(len(seen)), seen[:, 4], seen[:, 6], seen[:, 3]], 1)
+    pulled = np.column_stack([base, np.minimum(seen[:, 7], 0.0)])
     result = {}
-    for name, column, line in zip(FIGURES, (5, 6, 7), (base, pulled, pulled), strict=True):
+    for name, column, line in zip(FIGURES, (7, 8, 9), (base, pulled, pulled), strict=True):
         found = np.linalg.lstsq(line, seen[:, column], rcond=None)[0]
-        rest = float(np.std(seen[:, column] - line @ found))
-        result[name] = rounded([*found, *[0.0] * (pulled.shape[1] - len(found)), rest])
+        wide = deviation_line(base[:, [0, 2]], seen[:, column] - line @ found)
+        result[name] = rounded([*found, *[0.0] * (pulled.shape[1] - len(found)), *wide])
     return result
 
 
@@ -368,10 +385,15 @@ def main() -> None:
     file = contents(constants, fitted_on, deviation, readings(constants, used, fitted_on, jitter))
     constants = curves.constants_of(file)
     curves.FITTED.write_text(json.dumps(file, indent=1) + "\n")
-    figures = {"held_back": agreement(constants, split(record, held=True)),
-               "fitted": agreement(constants, used), "jitter": file["jitter"]}  # fmt: skip
+    figures = {
+        "held_back": agreement(constants, split(record, held=True)),
+        "fitted": agreement(constants, used),
+        "two_seeds": ceiling(record),
+        "jitter": file["jitter"],
+    }
     print(json.dumps(figures, indent=1))
-    record_figures("surrogate_fit", figures, seeds=[0])
+    facts = {"runs": len(runs), "seeds": [0], "command": "python scripts/fit_surrogate.py"}
+    FIGURES_FILE.write_text(json.dumps(figures | facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Record real fine-tuning runs: what the surrogate is fitted to.
 
-    python scripts/record_runs.py [--runs 1500] [--work runs/surrogate.jsonl]
+    python scripts/record_runs.py [--runs 2400] [--again 150] [--work runs/surrogate.jsonl]
 
 Run number i is drawn from seed i alone: a training task, a horizon, a model, a starting rate within
 two decades of the rule of thumb, an optimizer, a schedule's shape, batch, rows and seed; half of
 the runs are random relatives of the task (classes, label noise), and in some the rate is turned
-at random on the way. Settings and reports are appended to ``--work``, one JSON line a run, so
-that a killed recording goes on where it was; at the end all lines are packed into
+at random on the way. Some of the settings are run again with another seed, to say how far two
+runs alike agree. Settings and reports are appended to ``--work``, one JSON line a run, so that a
+killed recording goes on where it was; at the end all lines are packed into
 ``benchmarks/results/surrogate_runs.jsonl.gz``. Needs the fetched data; a run takes half a second.
 """
 
@@ -33,10 +34,14 @@ TASKS = ("trec6", "trec50", "sms", "movie", "amazon", "tweets")
 HORIZONS = ((100, 10), (40, 4))  # updates, and those of an interval
 DECADES = 2.0  # of the starting rate around the rule of thumb
 DIGITS = 4
+AGAIN = 100_000  # run AGAIN + i has the settings of run i and another seed
 
 
 def draw(number: int) -> dict[str, Any]:
-    """The settings of run ``number``; a name ending in 64 is the larger model."""
+    """The settings of run ``number``."""
+    if number >= AGAIN:
+        settings = draw(number - AGAIN)
+        return settings | {"number": number, "seed": settings["seed"] ^ 1}
     rng = np.random.default_rng([7, number])
     steps, interval = HORIZONS[int(rng.integers(len(HORIZONS)))]
     model = "tiny-64" if rng.random() < 0.06 else "tiny-32"
@@ -140,16 +145,19 @@ def finished(path: Path) -> dict[int, str]:
 def main() -> None:
     """Record what is missing, then pack all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=1500)
+    parser.add_argument("--runs", type=int, default=2400)
+    parser.add_argument("--again", type=int, default=150, help="settings to run with two seeds")
     parser.add_argument("--work", type=Path, default=Path("runs/surrogate.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.work.parent.mkdir(parents=True, exist_ok=True)
     lines = finished(options.work)
+    held = [number for number in range(options.runs) if number // len(TASKS) % 4 == 0]
+    wanted = [*range(options.runs), *(AGAIN + number for number in held[: options.again])]
     began, made = time.perf_counter(), 0
     with options.work.open("w") as file:
         file.writelines(line + "\n" for line in lines.values())
-        for number in range(options.runs):
+        for number in wanted:
             if number in lines:
                 continue
             lines[number] = json.dumps(play(draw(number)), separators=(",", ":"))
@@ -158,7 +166,7 @@ def main() -> None:
             made += 1
             if made % 50 == 0:
                 print(f"{made} runs, {(time.perf_counter() - began) / made:.2f} s each", flush=True)
-    text = "".join(lines[number] + "\n" for number in sorted(lines) if number < options.runs)
+    text = "".join(lines[number] + "\n" for number in wanted)
     PACKED.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     print(f"{len(lines)} runs in {PACKED}, {PACKED.stat().st_size / 1e6:.2f} MB")
 
