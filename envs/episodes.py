@@ -63,17 +63,15 @@ class Recipe:
         blind: float,
         jitter: float,
     ) -> None:
-        for name, value, top in (("spread", spread, 3), ("blind", blind, 1), ("jitter", jitter, 3)):
-            if not 0 <= value <= top:
-                raise BadInput(f"surrogate: {name}: {value!r} is out of range; give 0 to {top}")
+        check(spread=spread, blind=blind, jitter=jitter)
         for name, count in (("decisions", decisions), ("interval", interval)):
             if count < 1:
                 raise BadInput(f"surrogate: {name}: {count!r} is not a count; give at least 1")
-        if not optimizers:
-            raise BadInput("surrogate: optimizers: none given; name at least one")
         for optimizer in optimizers:
             if optimizer not in OPTIMIZERS:
                 raise UnknownName("optimizer", optimizer, OPTIMIZERS)
+        if not optimizers:
+            raise BadInput("surrogate: optimizers: none given; name at least one")
         if shape not in (*SHAPES, "any"):
             raise UnknownName("schedule shape", shape, (*SHAPES, "any"))
         self.names = tuple(tasks) or tuple(content["tasks"])
@@ -90,14 +88,7 @@ class Recipe:
         self.rulers = np.array(
             [reference_rate(self.parameters, name, "full") for name in OPTIMIZERS]
         )
-        # (tasks, subsets, 2): the whole first, then subsets, repeated to one length
-        most = max(len(task["subsets"]) for task in chosen)
-        self._pairs = np.array(
-            [
-                [task["whole"], *(task["subsets"][i % len(task["subsets"])] for i in range(most))]
-                for task in chosen
-            ]
-        )
+        self._pairs = pairs([[task["whole"], *task["subsets"]] for task in chosen])
 
     def draw(self, generators: Sequence[np.random.Generator]) -> Draw:
         """An episode for each generator."""
@@ -149,6 +140,20 @@ class Recipe:
         )
         updates = pick(self._lengths, share[5]).astype(np.float64)
         return Settings(task, classes, prior, rows, batch, noise), updates
+
+
+def check(**given: float) -> None:
+    """Refuse what is out of range."""
+    for name, value in given.items():
+        top = 1 if name == "blind" else 3
+        if not 0 <= value <= top:
+            raise BadInput(f"surrogate: {name}: {value!r} is out of range; give 0 to {top}")
+
+
+def pairs(subsets: list[list[list[float]]]) -> Array:
+    """Classes and prior of each task's whole and subsets, repeated to one length: (tasks, k, 2)."""
+    most = max(map(len, subsets))
+    return np.array([[own[0], *(own[1:] * most)[: most - 1]] for own in subsets])
 
 
 def pick(values: NDArray[Any], share: Array) -> NDArray[Any]:

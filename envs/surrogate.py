@@ -101,8 +101,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         )
         self._factors = np.array(
             [
-                [factor(Knobs(shape=shape), step, decisions) for step in range(decisions + 1)]
-                for shape in SHAPES
+                [factor(Knobs(shape=name), step, decisions) for step in range(decisions + 1)]
+                for name in SHAPES
             ],
             dtype=np.float32,
         )
@@ -124,7 +124,9 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
             seed = [None] * self.num_envs
         if seed is not None:
             seeds = (
-                [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
+                list(seed)
+                if isinstance(seed, Sequence)
+                else [int(seed) + i for i in range(self.num_envs)]
             )
             if len(seeds) != self.num_envs:
                 raise BadInput(
@@ -159,10 +161,8 @@ class SurrogateVectorEnv(VectorEnv[NDArray[np.float32], Any, NDArray[Any]]):
         if len(over):
             info = self._finals(observations, over, lost)
             self._begin(over)
-            now, jobs = (
-                tuple(part[..., over] for part in both) for both in (self._now, self._jobs)
-            )
-            observations[over] = features(Reports(*now), Contexts(*jobs))
+            now, jobs = columns(self._now, over), columns(self._jobs, over)
+            observations[over] = features(Reports._make(now), Contexts._make(jobs))
         info.update(self._info())
         truncated = np.zeros(self.num_envs, dtype=np.bool_)
         return observations, rewards, terminated, truncated, info

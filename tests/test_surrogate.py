@@ -34,6 +34,18 @@ def acts(env, seed):
     return env.action_space.sample()
 
 
+def test_the_wildest_play_stays_in_bounds():
+    """The largest rates, turned up at once, in every shape and with every optimizer."""
+    for action in (0, KEEP, Actions().size - 2, Actions().size - 1):
+        env = SurrogateVectorEnv(300, spread=3.0, shape="any", optimizers=OPTIMIZERS, jitter=3.0)
+        env.reset(seed=0)
+        for _ in range(25):
+            observations, rewards, *_ = env.step(np.full(300, action))
+            assert observations in env.observation_space
+            assert np.isfinite(rewards).all()
+            assert rewards.min() >= -2 * CEILING - PENALTY - 5
+
+
 def play(env, steps, seed=0, first=0):
     """Everything an environment gives in some steps of random actions."""
     seen = [env.reset(seed=seed)[0]]
