@@ -1,14 +1,28 @@
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_histories import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.knobs import OPTIMIZERS, Decision, reference_rate
-from envs.observe import FEATURES, LIMIT, SIZE, observe, slope, space
+from envs.observe import (
+    FEATURES,
+    LIMIT,
+    SIZE,
+    Contexts,
+    Reports,
+    features,
+    frame,
+    look,
+    observe,
+    slope,
+    space,
+)
 from envs.progress import Context, Progress
 
 CONTEXT = Context(100, 10, 1_000_000, 1000, 2, "full", "adamw", 1e-3)
@@ -227,3 +241,49 @@ def test_slope_of_known_lines():
     assert slope([1.0, math.nan, math.e**2]) == pytest.approx((1.0, 0.0))  # a gap is a gap
     assert all(map(math.isnan, slope([1.0, -1.0])))
     assert all(map(math.isnan, slope([])))
+
+
+def together(histories, contexts):
+    """The reports of many runs as one batch; shorter tracks get NaN in front, losses behind."""
+    columns = {}
+    for name in Reports._fields:
+        parts = [getattr(look(history), name) for history in histories]
+        longest = max(len(part) for part in parts)
+        if parts[0].ndim == 2:
+            ends = [(0, 1) if name == "losses" else (1, 0)] * len(parts)
+            parts = [
+                np.pad(
+                    part,
+                    [[(longest - len(part)) * end for end in side], (0, 0)],
+                    constant_values=math.nan,
+                )
+                for part, side in zip(parts, ends, strict=True)
+            ]
+        columns[name] = np.concatenate(parts, axis=-1)
+    jobs = zip(*(frame(context) for context in contexts), strict=True)
+    return Reports(**columns), Contexts(*(np.concatenate(part, axis=-1) for part in jobs))
+
+
+def test_golden_observations_are_what_they_were():
+    """Recorded from the first, scalar version of `observe`: a trained policy depends on them."""
+    golden = np.load(Path(__file__).parent / "golden_observations.npy")
+    seen = np.array([observe(history, context) for history, context in cases()])
+    np.testing.assert_allclose(seen, golden, rtol=1e-6, atol=1e-6)
+    assert len(golden) == 60
+    assert np.count_nonzero(golden, axis=0).min() >= 5  # no feature is 0 throughout
+
+
+def test_a_row_of_a_batch_is_the_single_observation():
+    histories, contexts = zip(*cases(), strict=True)
+    rows = features(*together(histories, contexts))
+    single = np.array([observe(*case) for case in zip(histories, contexts, strict=True)])
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, single, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(histories, contexts), min_size=1, max_size=4))
+def test_any_batch_gives_the_single_observations(runs):
+    both = zip(*runs, strict=True)
+    single = np.array([observe(*run) for run in runs])
+    np.testing.assert_allclose(features(*together(*both)), single, rtol=1e-6, atol=1e-6)
