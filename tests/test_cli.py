@@ -14,8 +14,8 @@ from test_policy import example
 from envs.errors import BadInput
 from tuner import cli, policy
 from tuner.config import read, resolve
+from tuner.curriculum import TrainConfig
 from tuner.settings import ApplyConfig, CompareConfig
-from tuner.train import TrainConfig
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from envs.knobs import Actions
 from envs.observe import FEATURES
 from tuner import policy
 from tuner.agent import Normaliser
+from tuner.curriculum import TrainConfig
 from tuner.recorder import Recorder
 from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
-from tuner.train import MUTE, TrainConfig, train
+from tuner.train import MUTE, train
 
 AGENTS = ("ppo", "dqn", "q-learning", "sarsa")
 
@@ -37,6 +38,10 @@ def config(tiny_task):
             "episodes": 1,
             "envs": 2,
             "workers": 0,
+            "budget": "",
+            "surrogate": 0.0,
+            "length": 12,
+            "validation": 48,
             "steps": 8,
             "interval": 2,
         }
@@ -50,8 +55,8 @@ class Stopped(Exception):
 
 
 def stop_after(count):
-    def on_iteration(number, row):
-        if number == count:
+    def on_iteration(share, row):
+        if row["iteration"] + 1 == count:
             raise Stopped
 
     return on_iteration
@@ -177,7 +182,8 @@ def test_fifty_kills_leave_the_same_artifact(config, tmp_path, agent):
     code = textwrap.dedent(f"""
         import torch; torch.set_num_threads(1)
         from pathlib import Path
-        from tuner.train import TrainConfig, train
+        from tuner.curriculum import TrainConfig
+        from tuner.train import train
         config = TrainConfig.model_validate_json({settings.model_dump_json()!r})
         train(config, Path({str(tmp_path / "killed")!r}))
     """)

@@ -14,8 +14,8 @@ from envs.errors import BadInput
 from tuner.app import console, progress
 from tuner.app import run as run_app
 from tuner.config import with_flags
+from tuner.curriculum import TrainConfig
 from tuner.settings import ApplyConfig, CompareConfig
-from tuner.train import TrainConfig
 
 app = typer.Typer(
     help="A learned tuner that steers a fine-tuning run while it trains.",
@@ -81,20 +81,20 @@ def fetch(
 def train(config: TrainConfig, out: Out = Path("runs/tuner"), mlflow: Uri = None) -> None:
     """Train a tuner on small fine-tuning tasks.
 
-    Example: `steersman train --agent ppo --iterations 40 --out runs/tuner`
+    Example: `steersman train --agent ppo --budget 10m --out runs/tuner`
     """
     import torch
 
     from tuner.train import train as learn
 
     torch.set_num_threads(1)
-    config.task_list()
-    config.actions()
+    config.check()
     with mirrored(out, mlflow), progress(f"train {config.agent}") as tick:
-        tick(0, config.iterations, "")
+        tick(0, 100, "")
 
-        def on_iteration(number: int, row: dict[str, Any]) -> None:
-            tick(number, config.iterations, f"return {row['return_mean']:+.3f}")
+        def on_iteration(share: float, row: dict[str, Any]) -> None:
+            words = f"%, {row['stage']}, return {row['return_mean']:+.3f}"
+            tick(min(100, round(100 * share)), 100, words)
 
         policy = learn(config, out, on_iteration)
         save_config(out, "train", config)

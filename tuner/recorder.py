@@ -27,7 +27,7 @@ class Recorder(VectorWrapper):
         """Drop the episodes and observations; the ranges stay."""
         self.returns: list[float] = []
         self.metrics: list[float] = []
-        self.divergences = 0
+        self.decisions = self.divergences = 0
         self.seen = []
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
@@ -41,6 +41,7 @@ class Recorder(VectorWrapper):
         """Step all."""
         observations, rewards, terminated, truncated, info = self.env.step(actions)
         self._sums += rewards
+        self.decisions += self.num_envs
         for i in np.flatnonzero(terminated | truncated):
             self.returns.append(float(self._sums[i]))
             final = info.get("final_info", {})

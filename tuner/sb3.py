@@ -22,7 +22,7 @@ class PPOConfig:
     episodes: int = 4  # of each environment in an iteration
     rate: float = 1e-3  # at the start; falls linearly to a third
     epochs: int = 10
-    minibatch: int = 64  # at most; the largest that divides the rollout
+    minibatch: int = 64  # or a twentieth of the rollout, if that is more
     lambda_: float = 0.95  # Schulman et al. 2016
     clip: float = 0.2
     entropy: float = 0.01
@@ -63,7 +63,8 @@ class PPOAgent:
         self._steps = decisions * config.episodes
         self._config = config
         rollout = self._steps * envs.num_envs
-        minibatch = max(n for n in range(1, config.minibatch + 1) if rollout % n == 0)
+        most = max(config.minibatch, rollout // 20)
+        minibatch = max(n for n in range(1, most + 1) if rollout % n == 0)
         self._model = PPO(
             "MlpPolicy",
             self._venv,
@@ -189,6 +190,8 @@ class DQNAgent:
         model.policy.optimizer.load_state_dict(state["optimizer"])
         model.num_timesteps, model._n_updates = state["timesteps"], state["updates"]
         model._n_calls = state["calls"]
+        if state["buffer"]["actions"].shape[1:] != buffer.actions.shape[1:]:
+            return  # experience of another stage: the weights alone carry over
         buffer.pos, buffer.full = state["position"], state["full"]
         for name, values in state["buffer"].items():
             getattr(buffer, name)[: len(values)] = values.numpy()

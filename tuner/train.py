@@ -8,173 +8,80 @@ checkpoint to the same final weights.
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from pydantic import BaseModel, ConfigDict, Field
 
 from baselines.identity import code_version
 from envs import observe, workload
-from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
 from envs.files import write_atomic
-from envs.job import TorchJob
-from envs.knobs import Actions
-from envs.lockstep import Lockstep
-from envs.task import Task, find, reshape
-from envs.vector import PackedVectorEnv
-from envs.workers import WorkerVectorEnv
 from tuner import policy
 from tuner.agent import Agent, Normaliser
+from tuner.curriculum import TrainConfig, iteration_seed, opened
 from tuner.policy import Policy
 from tuner.recorder import Recorder
 from tuner.tabular import TabularAgent, TabularConfig, q_learning, sarsa
 
-Algorithm = Literal["ppo", "dqn", "q-learning", "sarsa"]
 SURVEY = 2  # random episodes of each environment that fix the normaliser
 CONSTANT = 1e-3  # a feature that deviates less in training is mute: nothing was learned of it
 MUTE = 1e6  # the deviation that a mute feature is divided by
 FLOOR = 0.05  # least deviation of any other
 
 
-class TrainConfig(BaseModel):
-    """What to train a tuner on, with which agent, and for how long."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    agent: Algorithm = Field("ppo", description="learner: ppo, dqn, q-learning or sarsa")
-    tasks: tuple[str | dict[str, Any], ...] = Field(
-        ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
-        description="training tasks to draw from",
-    )
-    iterations: int = Field(60, ge=1, le=100_000, description="rollouts, each of whole episodes")
-    episodes: int = Field(2, ge=1, le=100, description="episodes of an environment in a rollout")
-    envs: int = Field(64, ge=1, le=4096, description="environments stepped together")
-    workers: int = Field(2, ge=0, le=256, description="processes that share them; 0: this one")
-    pack: int = Field(8, ge=1, le=4096, description="runs computed in one batched model")
-    compile: bool = Field(False, description="compile the batched model: pays in long trainings")
-    steps: int = Field(50, ge=1, description="updates in an episode, before it is varied")
-    interval: int = Field(5, ge=1, description="updates between two decisions")
-    spread: float = Field(1.5, ge=0, le=3, description="decades of misjudged starting rates")
-    vary: bool = Field(True, description="draw classes, rows and label noise too")
-    batches: tuple[int, ...] = Field((16,), description="batch sizes, in turn over environments")
-    horizons: tuple[float, ...] = Field(
-        (0.6, 1.0, 1.0, 1.5), description="factors of steps and interval, in turn likewise"
-    )
-    blind: float = Field(0.1, ge=0, le=1, description="share of episodes without validation")
-    view: Literal["discrete", "continuous"] = Field("discrete", description="action view")
-    multipliers: tuple[float, ...] = Field(
-        (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
-    )
-    minutes: float = Field(0.0, ge=0, description="stop after so many minutes; 0: no limit")
-    seed: int = Field(0, ge=0, description="seed of everything")
-
-    def task_list(self) -> list[Task]:
-        """The tasks with this configuration's horizon."""
-        if not self.tasks:
-            raise BadInput("train: tasks: none given; name at least one")
-        return [find(name, steps=self.steps, interval=self.interval) for name in self.tasks]
-
-    def relatives(self, number: int) -> list[Task]:
-        """The tasks of one environment: those that share a pack have one batch size and horizon."""
-        if not self.batches or not self.horizons:
-            raise BadInput("train: batches, horizons: none given; give at least one of each")
-        kind, block = number // self.pack, len(self.batches)
-        batch, horizon = (
-            self.batches[kind % block],
-            self.horizons[kind // block % len(self.horizons)],
-        )
-        return [reshape(task, batch, horizon) for task in self.task_list()]
-
-    def actions(self) -> Actions:
-        """The action view."""
-        if self.view == "continuous" and self.agent != "ppo":
-            raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
-        return Actions(view=self.view, multipliers=self.multipliers)
-
-
 def train(
     config: TrainConfig,
     out: Path,
-    on_iteration: Callable[[int, dict[str, Any]], None] | None = None,
+    on_iteration: Callable[[float, dict[str, Any]], None] | None = None,
 ) -> Policy:
     """Train a tuner; write ``policy.safetensors``, ``train.jsonl`` and a checkpoint to ``out``.
 
     Called again with the same configuration it resumes; with another it refuses.
     """
+    config.check()
     saved = _load_checkpoint(out / "checkpoint.pt", config)
-    with open_envs(config) as envs:
-        recorder = Recorder(envs)
+    with opened(config) as curriculum:
+        real = curriculum.envs("tasks")
         if saved is None:
-            normaliser = survey(recorder, config.seed)
+            normaliser = survey(real, config.seed)
         else:
             normaliser = Normaliser(saved["mean"].numpy(), saved["deviation"].numpy())
-            recorder.low, recorder.high = saved["low"].numpy(), saved["high"].numpy()
-        agent = make_agent(config, recorder, normaliser)
-        rows: list[dict[str, Any]] = []
-        if saved is not None:
-            agent.load(saved["agent"])
-            rows = json.loads(saved["rows"])
-        while len(rows) < config.iterations and not _out_of_time(config, rows):
-            began, number = time.perf_counter(), len(rows)
+            real.low, real.high = saved["low"].numpy(), saved["high"].numpy()
+        rows: list[dict[str, Any]] = [] if saved is None else json.loads(saved["rows"])
+        learned = None if saved is None else saved["agent"]
+        agent, stage = None, None
+        while agent is None or done(config, rows) < 1:
+            share, began = done(config, rows), time.perf_counter()
+            if agent is None or stage != config.stage(share):
+                stage = config.stage(share)
+                recorder = curriculum.envs(stage)
+                learned = learned if agent is None else agent.state()
+                agent = make_agent(config, recorder, normaliser)
+                if learned is not None:
+                    agent.load(learned)
+                continue  # a finished training that is repeated learns no more
             recorder.forget()
-            share = number / config.iterations
-            figures = agent.learn(recorder, iteration_seed(config.seed, number), share)
-            rows.append(_row(number, recorder, config, figures, time.perf_counter() - began))
-            _save_checkpoint(out, config, agent, recorder, normaliser, rows)
+            figures = agent.learn(recorder, iteration_seed(config.seed, len(rows)), share)
+            rows.append(_row(len(rows), stage, recorder, figures, time.perf_counter() - began))
+            _save_checkpoint(out, config, agent, real, normaliser, rows)
             if on_iteration is not None:
-                on_iteration(number + 1, rows[-1])
-    result = make_policy(config, agent, recorder, normaliser, rows)
+                on_iteration(done(config, rows), rows[-1])
+        result = make_policy(config, agent, real, normaliser, rows)
     policy.save(result, out / "policy.safetensors")
     return policy.load(out / "policy.safetensors")
 
 
-@contextmanager
-def open_envs(config: TrainConfig) -> Iterator[VectorEnv]:
-    """The training environments in packs, shared out over processes; closed at the end."""
-    if config.workers and config.envs % config.workers:
-        raise BadInput(
-            f"train: envs: {config.envs} do not share out over {config.workers} workers evenly; "
-            "give a multiple"
-        )
-    for task in config.task_list():  # read once here; forked processes share the memory
-        workload.load(task)
-    if config.workers:
-        size = config.envs // config.workers
-        parts = [partial(_part, config, range(i * size, (i + 1) * size))
-                 for i in range(config.workers)]  # fmt: skip
-        envs: VectorEnv = WorkerVectorEnv(parts, _make_env(config, 0, TorchJob), size)
-    else:
-        envs = _part(config, range(config.envs))
-    try:
-        yield envs
-    finally:
-        envs.close()
-
-
-def _part(config: TrainConfig, numbers: Iterable[int]) -> PackedVectorEnv:
-    """Some of the environments, computed in one process."""
-    classes = max(len(workload.load(task).classes) for task in config.task_list())
-    lockstep = Lockstep(config.pack, classes=classes, compiled=config.compile)
-    return PackedVectorEnv([partial(_make_env, config, i) for i in numbers], lockstep)
-
-
-def _make_env(config: TrainConfig, number: int, make_job: MakeJob) -> FineTuneEnv:
-    return FineTuneEnv(
-        config.relatives(number),
-        actions=config.actions(),
-        spread=config.spread,
-        vary=config.vary,
-        blind=config.blind,
-        shape="any",
-        make_job=make_job,
+def done(config: TrainConfig, rows: list[dict[str, Any]]) -> float:
+    """The share of the training that is done: of the iterations or of the time."""
+    seconds = sum(row["seconds"] for row in rows)
+    return max(
+        len(rows) / config.iterations if config.iterations else 0.0,
+        seconds / config.seconds if config.seconds else 0.0,
     )
 
 
@@ -250,24 +157,16 @@ def make_policy(
     )
 
 
-def iteration_seed(seed: int, number: int) -> int:
-    """An independent 31-bit seed for each iteration."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
-
-
 def _row(
-    number: int,
-    recorder: Recorder,
-    config: TrainConfig,
-    figures: dict[str, float],
-    seconds: float,
+    number: int, stage: str, recorder: Recorder, figures: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     returns = np.array(recorder.returns or [np.nan])
     error = 1.96 * returns.std() / np.sqrt(len(returns))
     return {
         "iteration": number,
+        "stage": stage,
         "episodes": len(recorder.returns),
-        "decisions": config.envs * config.episodes * config.task_list()[0].decisions,
+        "decisions": recorder.decisions,
         "return_mean": float(returns.mean()),
         "return_low": float(returns.mean() - error),
         "return_high": float(returns.mean() + error),
@@ -276,10 +175,6 @@ def _row(
         "seconds": seconds,
         **figures,
     }
-
-
-def _out_of_time(config: TrainConfig, rows: list[dict[str, Any]]) -> bool:
-    return bool(config.minutes) and sum(row["seconds"] for row in rows) > 60 * config.minutes
 
 
 def _save_checkpoint(
@@ -327,7 +222,7 @@ def _load_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any] | None:
     except Exception as error:
         raise BadInput(f"{path}: not a checkpoint of this program; move it away") from error
     # More of the same is the same training; anything else is another one.
-    changed = {"iterations", "minutes"}
+    changed = {"iterations", "budget"}
     if known.model_dump(exclude=changed) != config.model_dump(exclude=changed):
         raise BadInput(f"{path}: made with another configuration; choose another --out")
     if saved["made_with"] != _made_with(config):

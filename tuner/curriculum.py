@@ -1,0 +1,200 @@
+"""Curriculum: simulated runs, then small real ones, then larger ones, by share of the training."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from envs import workload
+from envs.env import FineTuneEnv, MakeJob
+from envs.errors import BadInput
+from envs.job import TorchJob
+from envs.knobs import Actions
+from envs.lockstep import Lockstep
+from envs.surrogate import SurrogateVectorEnv
+from envs.task import Task, find, reshape
+from envs.vector import PackedVectorEnv
+from envs.workers import WorkerVectorEnv
+from tuner.recorder import Recorder
+
+Algorithm = Literal["ppo", "dqn", "q-learning", "sarsa"]
+Stage = Literal["surrogate", "tasks", "larger"]
+SIMULATED = 512  # runs of the surrogate stepped together
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class TrainConfig(BaseModel):
+    """What to train a tuner on, with which agent, and for how long."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    agent: Algorithm = Field("ppo", description="learner: ppo, dqn, q-learning or sarsa")
+    budget: str = Field("10m", description="time to train: 90s, 10m, 2h; empty: by iterations")
+    iterations: int = Field(
+        0, ge=0, le=1_000_000, description="rollouts at most, each of whole episodes; 0: no limit"
+    )
+    tasks: tuple[str | dict[str, Any], ...] = Field(
+        ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
+        description="training tasks to draw from",
+    )
+    larger: tuple[str | dict[str, Any], ...] = Field(
+        (), description="tasks of the last stage, on larger models for one"
+    )
+    surrogate: float = Field(
+        0.15, ge=0, lt=1, description="share of the training on simulated runs"
+    )
+    last: float = Field(0.25, ge=0, le=1, description="share of the last stage, if it has tasks")
+    episodes: int = Field(2, ge=1, le=100, description="episodes of an environment in a rollout")
+    envs: int = Field(64, ge=1, le=4096, description="environments stepped together")
+    workers: int = Field(2, ge=0, le=256, description="processes that share them; 0: this one")
+    pack: int = Field(8, ge=1, le=4096, description="runs computed in one batched model")
+    compile: bool = Field(False, description="compile the batched model: pays in long trainings")
+    steps: int = Field(50, ge=1, description="updates in an episode, before it is varied")
+    interval: int = Field(5, ge=1, description="updates between two decisions")
+    length: int = Field(24, ge=4, description="tokens of a text")
+    validation: int = Field(128, ge=8, description="rows that reward and observation come from")
+    spread: float = Field(1.5, ge=0, le=3, description="decades of misjudged starting rates")
+    vary: bool = Field(True, description="draw classes, rows and label noise too")
+    batches: tuple[int, ...] = Field((16,), description="batch sizes, in turn over packs")
+    horizons: tuple[float, ...] = Field(
+        (0.6, 1.0, 1.0, 1.5), description="factors of steps and interval, in turn likewise"
+    )
+    blind: float = Field(0.1, ge=0, le=1, description="share of episodes without validation")
+    view: Literal["discrete", "continuous"] = Field("discrete", description="action view")
+    multipliers: tuple[float, ...] = Field(
+        (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
+    )
+    seed: int = Field(0, ge=0, description="seed of everything")
+
+    @field_validator("budget")
+    @classmethod
+    def _time(cls, value: str) -> str:
+        number = value[:-1].replace(".", "", 1)
+        if value and not (value[-1] in UNITS and number.isdigit() and float(value[:-1]) > 0):
+            raise ValueError("not a time; give one as 90s, 10m or 2h")
+        return value
+
+    @property
+    def seconds(self) -> float:
+        """The budget in seconds; 0 if there is none."""
+        return float(self.budget[:-1]) * UNITS[self.budget[-1]] if self.budget else 0.0
+
+    def task_list(self, stage: Stage = "tasks") -> list[Task]:
+        """The tasks of a stage with this configuration's horizon."""
+        names = self.larger if stage == "larger" else self.tasks
+        if not names:
+            raise BadInput("train: tasks: none given; name at least one")
+        changes = {"steps": self.steps, "interval": self.interval, "max_length": self.length,
+                   "validation_rows": self.validation}  # fmt: skip
+        return [find(name, **_unless_given(name, changes)) for name in names]
+
+    def relatives(self, number: int, stage: Stage = "tasks") -> list[Task]:
+        """The tasks of one environment: those that share a pack have one batch size and horizon."""
+        if not self.batches or not self.horizons:
+            raise BadInput("train: batches, horizons: none given; give at least one of each")
+        kind, sizes = number // self.pack, len(self.batches)
+        horizon = self.horizons[kind // sizes % len(self.horizons)]
+        return [reshape(t, self.batches[kind % sizes], horizon) for t in self.task_list(stage)]
+
+    def actions(self) -> Actions:
+        """The action view."""
+        if self.view == "continuous" and self.agent != "ppo":
+            raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
+        return Actions(view=self.view, multipliers=self.multipliers)
+
+    def check(self) -> None:
+        """Raise `BadInput` for what only becomes wrong together."""
+        if not self.budget and not self.iterations:
+            raise BadInput("train: budget, iterations: both empty; give how long to train")
+        if self.workers and self.envs % self.workers:
+            raise BadInput(
+                f"train: envs: {self.envs} do not share out over {self.workers} workers evenly; "
+                "give a multiple"
+            )
+        self.task_list()
+        self.actions()
+
+    def stage(self, share: float) -> Stage:
+        """The stage at a share of the training, 0 to 1."""
+        if share < self.surrogate:
+            return "surrogate"
+        return "larger" if self.larger and share >= 1 - self.last else "tasks"
+
+
+class Curriculum:
+    """The environments of each stage, opened when they are first needed."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._open: dict[Stage, Recorder] = {}
+
+    def envs(self, stage: Stage) -> Recorder:
+        """The environments of a stage, recorded."""
+        if stage not in self._open:
+            self._open[stage] = Recorder(_make(self._config, stage))
+        return self._open[stage]
+
+    def close(self) -> None:
+        """Stop everything."""
+        for envs in self._open.values():
+            envs.close()
+
+
+@contextmanager
+def opened(config: TrainConfig) -> Iterator[Curriculum]:
+    """The curriculum of a configuration; closed at the end."""
+    curriculum = Curriculum(config)
+    try:
+        yield curriculum
+    finally:
+        curriculum.close()
+
+
+def _make(config: TrainConfig, stage: Stage) -> VectorEnv:
+    if stage == "surrogate":
+        return SurrogateVectorEnv(
+            SIMULATED, actions=config.actions(), decisions=config.task_list()[0].decisions,
+            interval=config.interval, spread=config.spread, vary=config.vary, shape="any",
+            blind=config.blind,
+        )  # fmt: skip
+    for task in config.task_list(stage):  # read once here; forked processes share the memory
+        workload.load(task)
+    if not config.workers:
+        return _part(config, stage, range(config.envs))
+    size = config.envs // config.workers
+    parts = [partial(_part, config, stage, range(i * size, (i + 1) * size))
+             for i in range(config.workers)]  # fmt: skip
+    return WorkerVectorEnv(parts, _make_env(config, stage, 0, TorchJob), size)
+
+
+def _part(config: TrainConfig, stage: Stage, numbers: Iterable[int]) -> PackedVectorEnv:
+    """Some of the environments, computed in one process."""
+    classes = max(len(workload.load(task).classes) for task in config.task_list(stage))
+    lockstep = Lockstep(config.pack, classes=classes, compiled=config.compile)
+    return PackedVectorEnv([partial(_make_env, config, stage, i) for i in numbers], lockstep)
+
+
+def _make_env(config: TrainConfig, stage: Stage, number: int, make_job: MakeJob) -> FineTuneEnv:
+    return FineTuneEnv(
+        config.relatives(number, stage),
+        actions=config.actions(),
+        spread=config.spread,
+        vary=config.vary,
+        blind=config.blind,
+        shape="any",
+        make_job=make_job,
+    )
+
+
+def _unless_given(name: str | Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A task given by its fields keeps those that it has."""
+    return {k: v for k, v in changes.items() if isinstance(name, str) or k not in name}
+
+
+def iteration_seed(seed: int, number: int) -> int:
+    """An independent 31-bit seed for each iteration."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
