@@ -48,10 +48,11 @@ class BatchedModel:
     """
 
     def __init__(
-        self, task: Task, how: "Fit", *, compiled: bool, device: torch.device, together: int = 64
-    ) -> None:
-        """together: runs that are computed at a time; smaller parts stay in a CPU's caches."""
-        self.together = together
+        self, task: Task, how: "Fit", *, compiled: bool, device: torch.device, together: int = 64,
+        bfloat16: bool = False,
+    ) -> None:  # fmt: skip
+        """together: runs computed at a time; bfloat16: products in that precision (autocast)."""
+        self.together, self._device, self._bfloat16 = together, device.type, bfloat16
         load = workload.load(task)
         self.module = load.module(0).to(device)
         self.encoder: Any = self.module.encoder
@@ -74,8 +75,8 @@ class BatchedModel:
         )
         self._rows = vmap(self._row_results, randomness="different")
         if compiled:
-            self._gradients = _compile(self._gradients)
-            self._rows = _compile(self._rows)
+            self._gradients = _compile(self._gradients, device)
+            self._rows = _compile(self._rows, device)
 
     def gradients(
         self, weights: Weights, batch: Batch
@@ -129,7 +130,8 @@ class BatchedModel:
         start = "encoder."
         own = {name.removeprefix(start): w for name, w in weights.items() if name[:8] == start}
         inputs = {"inputs_embeds": states, "attention_mask": additive}
-        hidden = functional_call(self.encoder, own, kwargs=inputs)[0]
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._bfloat16):
+            hidden = functional_call(self.encoder, own, kwargs=inputs)[0].float()
         pooled = workload.mean_pool(hidden, mask)
         return functional.linear(pooled, weights["head.weight"], weights["head.bias"]) + classes
 
@@ -204,10 +206,11 @@ def _problem(task: Task, way: Fit) -> str:
     return "" if close else "its results differ from the plain model's"
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled anew for every shape; torch keeps the code on disk."""
+def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Compiled anew for every shape; torch keeps the code on disk. On a GPU as a CUDA graph."""
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, SHAPES)
-    return torch.compile(function, dynamic=False)
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(function, dynamic=False, mode=mode)

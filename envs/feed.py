@@ -27,9 +27,9 @@ class Rows(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """Stacked batches: (lanes, steps, rows, length) ids and mask, (lanes, steps, rows) labels.
+    """Stacked batches: (steps, lanes, rows, length) ids and mask, (steps, lanes, rows) labels.
 
-    With a trunk the ids are states, (lanes, steps, rows, length, width).
+    With a trunk the ids are states, (steps, lanes, rows, length, width).
     """
 
     ids: Tensor
@@ -93,7 +93,7 @@ def feed(lanes: Sequence[int], picks: Mapping[int, tuple[Rows, Tensor]], length:
     """
     steps = max(len(index) for _, index in picks.values())
     some, index = next(iter(picks.values()))
-    shape, device = (len(lanes), steps, index.shape[1]), some.ids.device
+    shape, device = (steps, len(lanes), index.shape[1]), some.ids.device
     ids = torch.zeros(*shape, length, *some.ids.shape[2:], dtype=some.ids.dtype, device=device)
     mask = torch.ones(*shape, length, device=device)
     labels = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -102,9 +102,9 @@ def feed(lanes: Sequence[int], picks: Mapping[int, tuple[Rows, Tensor]], length:
             rows, index = picks[lane]
             where = index.to(device)
             entry = where if rows.source is None else rows.source[where]
-            ids[number, : len(index)] = rows.ids[entry, :length]
-            mask[number, : len(index)] = rows.mask[where, :length]
-            labels[number, : len(index)] = rows.labels[where]
+            ids[: len(index), number] = rows.ids[entry, :length]
+            mask[: len(index), number] = rows.mask[where, :length]
+            labels[: len(index), number] = rows.labels[where]
     return Feed(ids, mask, labels)
 
 

@@ -96,6 +96,13 @@ class Lockstep:
         self._hub: greenlet.greenlet | None = None
         self._told: set[str] = set()
 
+    def warm(self, task: Task) -> None:
+        """Compile what a task's packs need; processes forked later find the code on disk."""
+        if self._compiled and not fit(task).reason:
+            job = self.open(task, 0)
+            job.advance(1)
+            job.evaluate("validation")
+
     def open(self, task: Task, seed: int, knobs: Knobs | None = None) -> Job:
         """A new run in a free lane, or in a new pack if there is none."""
         fits = fit(task)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs import probe, workload
+from envs import memory, probe, workload
 from envs.batched import LOWEST, Batch, BatchedModel, fit
 from envs.errors import BadInput
 from envs.feed import Feed, Order, Rows, chunks, feed, first_use, on_device
@@ -76,14 +77,15 @@ class Pack:
 
     def __init__(
         self, task: Task, lanes: int, classes: int, *, together: int | None = None,
-        compiled: bool = False, device: str | torch.device = "cpu",
+        compiled: bool = False, bfloat16: bool = False, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         """classes: room in the heads. together: lanes computed at a time, by default all."""
         self.family, self.lanes, self.compiled = family(task), lanes, compiled
         self._device = torch.device(device)
         self._model = BatchedModel(
-            task, fit(task), compiled=compiled, device=self._device, together=together or lanes
-        )
+            task, fit(task), compiled=compiled, device=self._device, together=together or lanes,
+            bfloat16=bfloat16,
+        )  # fmt: skip
         self._layout = lay_out(self._model, classes)
         self._classes = torch.zeros(lanes, classes, device=self._device)
         named = dict(self._model.module.named_parameters())
@@ -95,6 +97,16 @@ class Pack:
         self._stack = Stack(self._layout, tokens, self._model.width, lanes, self._device)
         self._runs: list[_Run | None] = [None] * lanes
         self._random = RandomState(0, self._device)
+
+    @property
+    def lane_bytes(self) -> int:
+        """Of a lane's weights, moments and slopes, and of its run's texts."""
+        texts = [rows for run in self._runs if run is not None for rows in run.rows.values()]
+        own = sum(rows.ids.nbytes + rows.mask.nbytes + rows.labels.nbytes for rows in texts
+                  if rows.source is None)  # fmt: skip
+        return self._stack.nbytes // self.lanes + own // max(
+            1, sum(r is not None for r in self._runs)
+        )
 
     # -- opening and closing -----------------------------------------------------------------
 
@@ -256,23 +268,16 @@ class Pack:
 
     def _batch(self, lanes: list[int], fed: Feed, number: int) -> tuple[Batch, Tensor]:
         """The model's inputs at one step of a feed, and which rows of the tables are in them."""
-        ids, width = fed.ids[:, number], self._model.width
-        if self._model.fit.trunk:
-            return Batch(
-                ids, fed.mask[:, number], fed.labels[:, number], self._classes[lanes]
-            ), ids.new_zeros(0)
-        if self._layout.table:
-            tokens = self._model.table.shape[0]
-            offsets = torch.tensor(lanes, device=self._device) * tokens
-            cells = (ids + offsets[:, None, None]).view(-1)
-            states = self._stack.table.weights.view(-1, width).index_select(0, cells)
-        else:
-            cells = ids.reshape(-1)
-            states = self._model.table.index_select(0, cells)
-        return Batch(
-            states.view(*ids.shape, width), fed.mask[:, number], fed.labels[:, number],
-            self._classes[lanes],
-        ), cells  # fmt: skip
+        (ids, mask, labels), width = (part[number] for part in fed), self._model.width
+        cells, states = ids.new_zeros(0), ids
+        if not self._model.fit.trunk:
+            cells, table = ids.reshape(-1), self._model.table
+            if self._layout.table:
+                offsets = torch.tensor(lanes, device=self._device) * len(table)
+                cells = (ids + offsets[:, None, None]).view(-1)
+                table = self._stack.table.weights.view(-1, width)
+            states = table.index_select(0, cells).view(*ids.shape, width)
+        return Batch(states, mask, labels, self._classes[lanes]), cells
 
     def _update(
         self, lanes: list[int], batch: tuple[Batch, Tensor], left: Mapping[int, int],
@@ -352,3 +357,20 @@ class _Look:
             every("gradient", -1), every("clipped", -1), every("moved", -1) - weights, weights,
             every("gradient", -2),
         )  # fmt: skip
+
+
+def predict(task: Task, lanes: int, classes: int = 8) -> int:
+    """Bytes that a pack will take at most, from what two small ones take: it is linear."""
+    small = Pack(task, 2, classes)
+    for lane in range(2):
+        small.open(lane, task, lane, Knobs())
+    small.advance({0: 1, 1: 1})
+    each = small.lane_bytes
+    working = [memory.peak(partial(small.advance, dict.fromkeys(range(n), 1))) for n in (1, 2)]
+    judging = [memory.peak(partial(small.evaluate, dict.fromkeys(range(n), "validation")))
+               for n in (1, 2)]  # fmt: skip
+    most = max(
+        working[0] + (lanes - 1) * (working[1] - working[0]),
+        judging[0] + (lanes - 1) * (judging[1] - judging[0]),
+    )
+    return lanes * each + most

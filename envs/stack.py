@@ -65,6 +65,11 @@ class Stack:
         self._columns = torch.full((lanes, 0), 0, device=device)
         self._cells = torch.full((lanes, 0), 0, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all lanes."""
+        return sum(4 * part.weights.nbytes for part in (self.row, self.table))
+
     def begin(self, lane: int, row: Tensor, table: Tensor, columns: Tensor, cells: Tensor) -> None:
         """New weights in a lane. columns, cells: what the probe samples of row and table."""
         self.restore(lane, [row, table.reshape(-1)])

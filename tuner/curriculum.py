@@ -15,6 +15,7 @@ from envs.errors import BadInput
 from envs.job import TorchJob
 from envs.knobs import Actions
 from envs.lockstep import Lockstep
+from envs.packed import family
 from envs.surrogate import SurrogateVectorEnv
 from envs.task import Task, find, reshape
 from envs.vector import PackedVectorEnv
@@ -165,6 +166,14 @@ def _make(config: TrainConfig, stage: Stage) -> VectorEnv:
         workload.load(task)
     if not config.workers:
         return _part(config, stage, range(config.envs))
+    lockstep = _lockstep(config, stage)
+    families = {
+        family(task)._replace(interval=0): task
+        for number in range(0, config.envs, config.pack)
+        for task in config.relatives(number, stage)
+    }
+    for task in families.values():
+        lockstep.warm(task)
     size = config.envs // config.workers
     parts = [partial(_part, config, stage, range(i * size, (i + 1) * size))
              for i in range(config.workers)]  # fmt: skip
@@ -173,9 +182,13 @@ def _make(config: TrainConfig, stage: Stage) -> VectorEnv:
 
 def _part(config: TrainConfig, stage: Stage, numbers: Iterable[int]) -> PackedVectorEnv:
     """Some of the environments, computed in one process."""
+    makes = [partial(_make_env, config, stage, number) for number in numbers]
+    return PackedVectorEnv(makes, _lockstep(config, stage))
+
+
+def _lockstep(config: TrainConfig, stage: Stage) -> Lockstep:
     classes = max(len(workload.load(task).classes) for task in config.task_list(stage))
-    lockstep = Lockstep(config.pack, classes=classes, compiled=config.compile)
-    return PackedVectorEnv([partial(_make_env, config, stage, i) for i in numbers], lockstep)
+    return Lockstep(config.pack, classes=classes, compiled=config.compile)
 
 
 def _make_env(config: TrainConfig, stage: Stage, number: int, make_job: MakeJob) -> FineTuneEnv:
