@@ -5,9 +5,10 @@
 Two processes train the same model with the same rows and evaluate the same slice at the same
 updates; only one has the tuner, which observes, asks a policy, minds the guard, keeps the best
 weights and writes its log. They take turns, one update each in an order drawn anew for every
-update, so that whatever else the machine does hits both alike; the one that waits is idle. A pair
-is one interval of each run, evaluation and decision included. Two figures, by the wall clock and
-by the processor's, each with a 95 % bootstrap interval over the intervals:
+update, so that whatever else the machine does hits both alike; the one that waits is idle. With
+each new run they change parts: no two processes are equally fast. A pair is one interval of each
+run, evaluation and decision included. Two figures, by the wall clock and by the processor's, each
+with a 95 % bootstrap interval over the intervals:
 
 - paired: the median over pairs of steered / plain, the first interval of each run dropped;
 - direct: 1 + the seconds inside the tuner's own methods and hooks over those of the rest of its
@@ -24,7 +25,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -49,7 +50,9 @@ from tuner.instruments import Eyes, Slice
 BAR = 1.01
 STEPS, DECISIONS, BATCH, LENGTH, ROWS = 60, 10, 16, 32, 128
 EVERY = STEPS // DECISIONS
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+# Memory is kept once it was used: page faults make evaluations of the same run differ by a fifth.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+CLOCKS = ("wall", "cpu")
 TURN, OWN = range(2)  # what is told of a turn, by each clock: all of it, and the tuner's part
 
 
@@ -105,16 +108,11 @@ class Evaluate(TrainerCallback):
             self._slice.loss(kwargs["model"], kwargs["optimizer"], kwargs["train_dataloader"])
 
 
-def clocks() -> np.ndarray:
-    """Seconds by each clock."""
-    return np.array([clock() for clock in CLOCKS.values()])
-
-
 class Meter:
     """Seconds inside the tuner's events and hooks, less those of the evaluations within."""
 
     def __init__(self) -> None:
-        self.seconds = np.zeros(len(CLOCKS))
+        self.seconds = [0.0, 0.0]
         for event in [name for name in vars(TunerCallback) if name.startswith("on_")]:
             self._time(TunerCallback, event, 1)
         for hook in ("_on_forward", "_on_gradient"):
@@ -126,11 +124,12 @@ class Meter:
 
         @functools.wraps(method)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            began = clocks()
+            wall, cpu = time.perf_counter(), time.process_time()
             try:
                 return method(*args, **kwargs)
             finally:
-                self.seconds += sign * (clocks() - began)
+                self.seconds[1] += sign * (time.process_time() - cpu)
+                self.seconds[0] += sign * (time.perf_counter() - wall)
 
         setattr(owner, name, timed)
 
@@ -138,7 +137,7 @@ class Meter:
 class Pace(TrainerCallback):
     """An update when it is its turn; first of the callbacks, so that a turn has all of theirs."""
 
-    def __init__(self, pipe: Connection, meter: Meter | None) -> None:
+    def __init__(self, pipe: Connection, meter: Meter) -> None:
         self._pipe, self._meter = pipe, meter
         self._began: np.ndarray | None = None
 
@@ -157,20 +156,19 @@ class Pace(TrainerCallback):
         self._pipe.recv()
 
     def _now(self) -> np.ndarray:
-        own = self._meter.seconds if self._meter else np.zeros(len(CLOCKS))
-        return np.stack([clocks(), own])
+        return np.array([[time.perf_counter(), time.process_time()], self._meter.seconds])
 
 
-def train(pipe: Connection, steered: bool, seeds: range, threads: int) -> None:
-    """One process: a run for each seed, in turns."""
+def train(pipe: Connection, parts: Sequence[bool], threads: int) -> None:
+    """One process: a run for each part, steered or not, in turns with the other process."""
     torch.set_num_threads(threads)
     task = find("bbc/minilm-l6", batch=BATCH, max_length=LENGTH, steps=STEPS, rows=500)
     data = workload.load(task)
     rows = Rows(data.rows["validation"])
-    pace = Pace(pipe, Meter() if steered else None)
+    pace = Pace(pipe, Meter())
     gc.collect()
     gc.freeze()  # or every Trainer collects all that was imported
-    for seed in seeds:
+    for seed, steered in enumerate(parts):
         with tempfile.TemporaryDirectory() as folder:
             tuner = TunerCallback(
                 Network(), eval_dataset=rows, eval_rows=ROWS, classes=len(data.classes)
@@ -191,25 +189,29 @@ def train(pipe: Connection, steered: bool, seeds: range, threads: int) -> None:
             trainer.train()
 
 
-def take_turns(kinds: tuple[bool, bool], repeats: int, threads: int) -> np.ndarray:
-    """Seconds, (2, repeats, STEPS, 2, 2): of process, run, update; all or own; by each clock."""
+def take_turns(parts: Sequence[Sequence[bool]], threads: int) -> np.ndarray:
+    """parts: of each process, run by run, whether it is steered -> seconds, by process.
+
+    (2, runs, STEPS, 2, 2): of process, run, update; the whole turn or the tuner's own; clock.
+    """
+    os.environ.update(ALLOCATOR)
     context, rng = get_context("spawn"), np.random.default_rng(0)
     pipes, processes = [], []
-    for steered in kinds:
+    for mine in parts:
         here, there = context.Pipe()
-        arguments = (there, steered, range(repeats), threads)
+        arguments = (there, mine, threads)
         processes.append(context.Process(target=train, args=arguments, daemon=True))
         processes[-1].start()
         there.close()
         pipes.append(here)
-    seconds = np.zeros((2, repeats, STEPS, 2, len(CLOCKS)))
-    for repeat in range(repeats):
+    seconds = np.zeros((2, len(parts[0]), STEPS, 2, len(CLOCKS)))
+    for run in range(len(parts[0])):
         for pipe in pipes:
             pipe.recv()  # ready
         for step in range(STEPS):
             for who in rng.permutation(2):
                 pipes[who].send("your turn")
-                seconds[who, repeat, step] = pipes[who].recv()
+                seconds[who, run, step] = pipes[who].recv()
         for pipe in pipes:
             pipe.send("the next run")
     for process in processes:
@@ -218,7 +220,7 @@ def take_turns(kinds: tuple[bool, bool], repeats: int, threads: int) -> np.ndarr
 
 
 def figures(seconds: np.ndarray) -> dict[str, Any]:
-    """seconds: as `take_turns` gives them; the second process is the one to be judged."""
+    """seconds: as `take_turns` gives them, but first the plain runs and then the steered."""
     intervals = seconds.reshape(2, -1, DECISIONS, EVERY, 2, len(CLOCKS)).sum(3)
     result: dict[str, Any] = {"pairs": intervals[0, :, 1:, 0, 0].size}
     for i, clock in enumerate(CLOCKS):
@@ -257,7 +259,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
-    seconds = take_turns((False, not options.control), options.repeats, options.threads)
+    runs = range(options.repeats)
+    parts = [[not options.control and (run + who) % 2 == 1 for run in runs] for who in (0, 1)]
+    seconds = take_turns(parts, options.threads)
+    seconds[:, 1::2] = seconds[::-1, 1::2].copy()  # they changed parts
     found = figures(seconds)
     print(json.dumps(found, indent=1), f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if options.control:
@@ -270,6 +275,7 @@ def main() -> None:
         "settings": {
             "task": "bbc/minilm-l6", "batch": BATCH, "tokens": LENGTH, "steps": STEPS,
             "decisions": DECISIONS, "evaluated_rows": ROWS, "mode": "careful",
+            "allocator": ALLOCATOR,
         },
         "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
         "seconds_an_interval": {
