@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import tuner.callback
 from envs import workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
@@ -392,6 +393,56 @@ def test_weights_that_are_not_finite_are_never_saved(task, tmp_path):
         assert sum("diverged" in line["guard"] for line in lines(folder)) == 1
         steps_logged = [line["step"] for line in lines(folder)]
         assert steps_logged == sorted(set(steps_logged))
+
+
+class Stop(TrainerCallback):
+    """Somebody else ends the run early, after the tuner has seen the update."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("stop", [14, 15])
+def test_weights_that_are_not_finite_are_not_handed_over_at_an_early_stop(task, tmp_path, stop):
+    """In the middle of an interval, and at its end; spoilt by the last update."""
+    callback = TunerCallback(Stub(), eval_dataset=own(task))
+    trainer = train(task, tmp_path, callback, extra=[Blow(stop - 1), Stop(stop)])
+    assert trainer.state.global_step == stop
+    assert all(torch.isfinite(w).all() for w in weights(trainer))
+    assert lines(tmp_path)[-1]["step"] == stop
+
+
+@pytest.mark.parametrize(
+    ("decisions", "mode", "checked", "kept"),
+    [
+        # Every third update and at the start; the losses fall, so that each time is the best.
+        (10, "explore", range(0, 31, 3), range(0, 30, 3)),
+        (10, "careful", range(0, 31, 3), [0, 12, 24]),
+        # The losses of a long interval are looked at between.
+        (1, "careful", [0, 25, 30], [0]),
+    ],
+)
+def test_all_weights_are_read_once_a_decision(
+    task, tmp_path, monkeypatch, decisions, mode, checked, kept
+):
+    reads, copies, recorder = [], [], Recorder()
+
+    def noting(function, steps):
+        def run(*args, **kwargs):
+            steps.append(len(recorder.rates))
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(tuner.callback, "finite", noting(tuner.callback.finite, reads))
+    monkeypatch.setattr(tuner.callback, "remember", noting(tuner.callback.remember, copies))
+    callback = TunerCallback(Stub(), mode=mode, eval_dataset=own(task), decisions=decisions)
+    train(task, tmp_path, callback, recorder=recorder, lr_scheduler_type="constant")
+    assert reads == list(checked)
+    assert copies == list(kept)
 
 
 @pytest.mark.parametrize("mode", ["careful", "explore"])

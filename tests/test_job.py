@@ -229,6 +229,17 @@ def exact(job, updates):
     )
 
 
+def test_the_sample_is_evenly_spaced_however_the_tensor_lies_in_memory():
+    numbers = torch.arange(3 * 4 * 5.0).view(3, 4, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "SAMPLE", 7)
+        assert probe.view(numbers[0, 0]).tolist() == [0, 1, 2, 3, 4]
+        assert probe.view(numbers[1]).tolist() == [20, 23, 26, 29, 32, 35, 38]
+        assert probe.view(numbers[1].T).tolist() == [20, 35, 31, 27, 23, 38, 34]
+        assert probe.view(numbers.half()).tolist() == [0, 9, 18, 27, 36, 45, 54]
+        assert probe.view(numbers.half()).dtype == torch.float32
+
+
 @pytest.mark.parametrize("updates", [3, 1])
 def test_the_probe_is_exact_where_its_sample_is_everything(tiny_task, updates):
     jobs = [TorchJob(tiny_task(), SEED, Knobs(1e-2, clip=0.1)) for _ in range(2)]

@@ -36,6 +36,7 @@ from tuner.steer import Helm
 logger = logging.getLogger(__name__)
 
 WATCH = 25  # updates between two looks at the losses, when decisions are further apart
+RENEW = 10  # and at least between two copies of the best weights, when only the guard needs them
 LOG, WEIGHTS = "tuner.jsonl", "tuner.safetensors"
 OPTIMIZERS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}
 
@@ -213,12 +214,13 @@ class TunerCallback(TrainerCallback, ExportableState):
         step = state.global_step
         if step == self._end():
             self._book.report = self._close(step)
-        self._watch(step, control, step >= self._total or step % WATCH == 0)
+        look = step >= self._total or (step - self._book.last) % WATCH == 0
+        self._watch(step, control, look)
 
     @guarded
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Likewise where evaluations and checkpoints come with the epoch."""
-        self._watch(state.global_step, control, False)
+        """Likewise where evaluations and checkpoints come with the epoch, and at an early stop."""
+        self._watch(state.global_step, control, control.should_training_stop)
 
     @guarded
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -301,7 +303,8 @@ class TunerCallback(TrainerCallback, ExportableState):
             value = book.news()
         book.add(book.shown(book.report or self._glance(step), value))
         trouble = alarm(book.history, self._limits, self._knobs.rate / self._rates.start)
-        keep = not trouble and book.is_best()
+        # A policy rolls back to the very best, as in its training; the guard to a little before.
+        keep = not trouble and book.is_best(0 if self._limits.rollback else RENEW)
         warming = self._rates.warming
         ruling = self._helm.decide(book.history, self._context, self._knobs, warming=warming)
         book.applied = ruling.decision

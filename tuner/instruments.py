@@ -106,8 +106,8 @@ class Eyes:
     def end_update(self) -> None:
         """The micro-batches of an update become its loss; nothing is read from the device."""
         if self._parts:
-            total = functools.reduce(torch.add, self._parts)
-            self.losses.append(total if self._scaled else total / len(self._parts))
+            total, count = functools.reduce(torch.add, self._parts), len(self._parts)
+            self.losses.append(total if self._scaled or count == 1 else total / count)
             self._parts = []
 
     def fetch(self) -> list[float]:

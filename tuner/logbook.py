@@ -51,9 +51,14 @@ class Logbook:
         if len(self.history) > RAW and (old := self.history[-RAW - 1]).losses:
             self.history[-RAW - 1] = replace(old, losses=(mean_loss(old),))
 
-    def is_best(self) -> bool:
-        """Whether the latest weights are the best so far: by validation loss once there is one."""
+    def is_best(self, after: int = 0) -> bool:
+        """Whether the latest weights are the best so far: by validation loss once there is one.
+
+        after: not asked for that many updates after it was true, so that copies are not many.
+        """
         report = self.history[-1]
+        if self.best_step >= 0 and report.step - self.best_step < after:
+            return False
         judged = any(math.isfinite(past.validation) for past in self.history)
         if judged and not self.judged:
             self.judged, self.best = True, math.inf
