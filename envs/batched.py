@@ -6,6 +6,7 @@ the attention mask is an additive float one (a boolean one is silently wrong), a
 be compiled.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -204,6 +205,21 @@ def _problem(task: Task, way: Fit) -> str:
         return " ".join(str(error).split())[:160] or type(error).__name__
     close = torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
     return "" if close else "its results differ from the plain model's"
+
+
+@functools.cache
+def can_compile(device: str) -> bool:
+    """Whether compiled code can be made here; it wants a C++ compiler and Python's headers."""
+    try:
+        torch.compile(torch.special.expit, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:
+        logger.warning(
+            "nothing can be compiled here (%s); runs are computed without, at about half the "
+            "speed: install a C++ compiler and Python's headers",
+            " ".join(str(error).split())[:100],
+        )
+        return False
+    return True
 
 
 def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

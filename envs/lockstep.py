@@ -14,7 +14,7 @@ import greenlet
 import torch
 
 from envs import workload
-from envs.batched import fit
+from envs.batched import can_compile, fit
 from envs.job import Job, Score, TorchJob
 from envs.knobs import Knobs
 from envs.packed import Family, Pack, family
@@ -90,8 +90,9 @@ class Lockstep:
         self, lanes: int = 16, *, classes: int = 8, compiled: bool = False,
         device: str | None = None,
     ) -> None:  # fmt: skip
-        self._lanes, self._classes, self._compiled = lanes, classes, compiled
+        self._lanes, self._classes = lanes, classes
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._compiled = compiled and can_compile(self._device)
         self._packs: dict[tuple[Family, int], list[Pack]] = {}
         self._hub: greenlet.greenlet | None = None
         self._told: set[str] = set()
