@@ -33,6 +33,7 @@ from baselines.schedules import reference
 from envs import workload
 from envs.env import MakeJob
 from envs.errors import BadInput, RunFailed
+from envs.hardware import Plan
 from envs.job import TorchJob
 from envs.knobs import RATE_CEILING, RATE_FLOOR
 from envs.lockstep import Lockstep
@@ -207,7 +208,8 @@ def run_cells(cells: Sequence[Cell], make_job: MakeJob = TorchJob) -> list[dict[
 
     if len(cells) == 1:
         return [attempt(cells[0], make_job)]
-    lockstep = Lockstep(len(cells), classes=_room(cells[0].task))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lockstep = Lockstep(Plan(device, len(cells)), classes=_room(cells[0].task))
     began = time.perf_counter()
     try:
         with _one_thread():

@@ -211,7 +211,7 @@ def _problem(task: Task, way: Fit) -> str:
 def can_compile(device: str) -> bool:
     """Whether compiled code can be made here; it wants a C++ compiler and Python's headers."""
     try:
-        torch.compile(torch.special.expit, dynamic=False)(torch.zeros(8, device=device))
+        torch.compile(torch.special.expit)(torch.zeros(8, device=device))  # type: ignore[no-untyped-call]
     except Exception as error:
         logger.warning(
             "nothing can be compiled here (%s); runs are computed without, at about half the "

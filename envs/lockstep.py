@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import greenlet
-import torch
 
 from envs import workload
 from envs.batched import can_compile, fit
+from envs.hardware import Plan
 from envs.job import Job, Score, TorchJob
 from envs.knobs import Knobs
 from envs.packed import Family, Pack, family
@@ -80,19 +80,15 @@ class PackedJob:
 
 
 class Lockstep:
-    """Packs of at most ``lanes`` runs, and the callers that drive them.
+    """Packs as a plan has them, and the callers that drive them.
 
     Tasks of one family (see `Family`) share packs; heads have room for ``classes`` classes. A
     model that cannot be batched runs alone, with a notice.
     """
 
-    def __init__(
-        self, lanes: int = 16, *, classes: int = 8, compiled: bool = False,
-        device: str | None = None,
-    ) -> None:  # fmt: skip
-        self._lanes, self._classes = lanes, classes
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._compiled = compiled and can_compile(self._device)
+    def __init__(self, plan: Plan, *, classes: int = 8) -> None:
+        self._plan, self._classes = plan, classes
+        self._compiled = plan.compiled and can_compile(plan.device)
         self._packs: dict[tuple[Family, int], list[Pack]] = {}
         self._hub: greenlet.greenlet | None = None
         self._told: set[str] = set()
@@ -111,7 +107,7 @@ class Lockstep:
             if fits.reason not in self._told:
                 self._told.add(fits.reason)
                 logger.warning("%s; its runs are computed one by one", fits.reason)
-            return TorchJob(task, seed, knobs, self._device)
+            return TorchJob(task, seed, knobs, self._plan.device)
         classes = len(workload.load(task).classes)
         room = self._classes
         while room < classes:
@@ -119,9 +115,10 @@ class Lockstep:
         packs = self._packs.setdefault((family(task), room), [])
         pack = next((pack for pack in packs if pack.free is not None), None)
         if pack is None:
+            plan = self._plan
             pack = Pack(
-                task, self._lanes, room, compiled=self._compiled,
-                device=self._device,
+                task, plan.pack, room, compiled=self._compiled, bfloat16=plan.bfloat16,
+                device=plan.device,
             )  # fmt: skip
             packs.append(pack)
         lane = pack.free

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from envs.errors import BadInput
 from envs.surrogate import SurrogateVectorEnv
 from envs.vector import PackedVectorEnv
-from tuner.curriculum import SIMULATED, TrainConfig, opened
+from tuner.curriculum import SIMULATED, TrainConfig, opened, plan_of
 from tuner.train import done, train
 
 
@@ -74,7 +74,8 @@ def test_environments_of_a_pack_share_batch_and_horizon(config):
 
 
 def test_each_stage_has_environments_of_its_own(config):
-    with opened(config(larger=config().tasks)) as curriculum:
+    settings = config(larger=config().tasks)
+    with opened(settings, plan_of(settings)) as curriculum:
         simulated, real, larger = map(curriculum.envs, ("surrogate", "tasks", "larger"))
         assert isinstance(simulated.env, SurrogateVectorEnv)
         assert simulated.num_envs == SIMULATED

@@ -15,6 +15,7 @@ from envs import batched
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.feed import Order, chunks, first_use
+from envs.hardware import Plan
 from envs.job import TorchJob, batches
 from envs.knobs import Knobs
 from envs.layout import lay_out
@@ -207,7 +208,7 @@ def test_an_order_is_that_of_a_plain_run():
 
 def test_environments_in_lockstep_live_the_episodes_of_plain_ones(tiny_task):
     """Other tasks, other lengths, rollbacks among the actions: the same observations."""
-    lockstep = Lockstep(lanes=4, classes=4)
+    lockstep = Lockstep(Plan("cpu", 4), classes=4)
     tasks = [tiny_task(), tiny_task(steps=12), tiny_task(classes=("tool", "city"), steps=16)]
 
     def episode(env, seed):
@@ -230,7 +231,7 @@ def test_environments_in_lockstep_live_the_episodes_of_plain_ones(tiny_task):
 
 
 def test_a_lane_is_free_again_when_its_job_is_gone(tiny_task):
-    lockstep = Lockstep(lanes=2, classes=4)
+    lockstep = Lockstep(Plan("cpu", 2), classes=4)
     jobs = [lockstep.open(tiny_task(), seed) for seed in range(3)]
     assert all(isinstance(job, PackedJob) for job in jobs)
     packs = next(iter(lockstep._packs.values()))
@@ -253,7 +254,7 @@ def test_a_model_that_cannot_be_batched_runs_alone_with_a_notice(
     model = tiny.write_model(tmp_path / "nosy")
     task = tiny_task(model=str(model))
     monkeypatch.setattr(torch.nn.LayerNorm, "forward", nosy)
-    lockstep = Lockstep(lanes=2, classes=4)
+    lockstep = Lockstep(Plan("cpu", 2), classes=4)
     jobs = [lockstep.open(task, 0), lockstep.open(task, 1)]
     assert all(isinstance(job, TorchJob) for job in jobs)
     assert len(caplog.messages) == 1

@@ -38,6 +38,7 @@ def config(tiny_task):
             "episodes": 1,
             "envs": 2,
             "workers": 0,
+            "pack": 2,
             "budget": "",
             "surrogate": 0.0,
             "length": 12,

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, RunFailed
+from envs.hardware import Plan
 from envs.job import TorchJob
 from envs.lockstep import Lockstep
 from envs.vector import PackedVectorEnv
@@ -28,7 +29,7 @@ def _env(task, make_job):
 
 
 def packed(makes):
-    return PackedVectorEnv(makes, Lockstep(lanes=4, classes=4))
+    return PackedVectorEnv(makes, Lockstep(Plan("cpu", 4), classes=4))
 
 
 def play(envs, steps, seed=0):

@@ -1,17 +1,20 @@
 """Curriculum: simulated runs, then small real ones, then larger ones, by share of the training."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from envs import workload
 from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
+from envs.hardware import Plan, probe
 from envs.job import TorchJob
 from envs.knobs import Actions
 from envs.lockstep import Lockstep
@@ -52,8 +55,8 @@ class TrainConfig(BaseModel):
     episodes: int = Field(2, ge=1, le=100, description="episodes of an environment in a rollout")
     envs: int = Field(64, ge=1, le=4096, description="environments stepped together")
     workers: int = Field(2, ge=0, le=256, description="processes that share them; 0: this one")
-    pack: int = Field(8, ge=1, le=4096, description="runs computed in one batched model")
-    compile: bool = Field(False, description="compile the batched model: pays in long trainings")
+    pack: int = Field(0, ge=0, le=4096, description="runs in one batched model; 0: measured")
+    compile: bool = Field(False, description="compile that model; with pack 0 if it pays")
     steps: int = Field(50, ge=1, description="updates in an episode, before it is varied")
     interval: int = Field(5, ge=1, description="updates between two decisions")
     length: int = Field(24, ge=4, description="tokens of a text")
@@ -69,6 +72,7 @@ class TrainConfig(BaseModel):
     multipliers: tuple[float, ...] = Field(
         (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
     )
+    rollback: bool = Field(True, description="an action puts the best weights back")
     seed: int = Field(0, ge=0, description="seed of everything")
 
     @field_validator("budget")
@@ -97,7 +101,7 @@ class TrainConfig(BaseModel):
         """The tasks of one environment: those that share a pack have one batch size and horizon."""
         if not self.batches or not self.horizons:
             raise BadInput("train: batches, horizons: none given; give at least one of each")
-        kind, sizes = number // self.pack, len(self.batches)
+        kind, sizes = number // max(1, self.pack), len(self.batches)
         horizon = self.horizons[kind // sizes % len(self.horizons)]
         return [reshape(t, self.batches[kind % sizes], horizon) for t in self.task_list(stage)]
 
@@ -105,7 +109,7 @@ class TrainConfig(BaseModel):
         """The action view."""
         if self.view == "continuous" and self.agent != "ppo":
             raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
-        return Actions(view=self.view, multipliers=self.multipliers)
+        return Actions(self.view, self.multipliers, self.rollback)
 
     def check(self) -> None:
         """Raise `BadInput` for what only becomes wrong together."""
@@ -119,6 +123,13 @@ class TrainConfig(BaseModel):
         self.task_list()
         self.actions()
 
+    @property
+    def updates(self) -> float:
+        """Updates of single runs that a process may make, at the speed of a laptop."""
+        by_time = self.seconds / 2e-3 or math.inf
+        episodes = self.iterations * self.episodes * self.envs / max(1, self.workers)
+        return min(by_time, episodes * self.steps or math.inf)
+
     def stage(self, share: float) -> Stage:
         """The stage at a share of the training, 0 to 1."""
         if share < self.surrogate:
@@ -129,14 +140,15 @@ class TrainConfig(BaseModel):
 class Curriculum:
     """The environments of each stage, opened when they are first needed."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrainConfig, plan: Plan) -> None:
+        self._config = config.model_copy(update={"pack": plan.pack})
+        self._plan = plan
         self._open: dict[Stage, Recorder] = {}
 
     def envs(self, stage: Stage) -> Recorder:
         """The environments of a stage, recorded."""
         if stage not in self._open:
-            self._open[stage] = Recorder(_make(self._config, stage))
+            self._open[stage] = Recorder(_make(self._config, self._plan, stage))
         return self._open[stage]
 
     def close(self) -> None:
@@ -145,17 +157,26 @@ class Curriculum:
             envs.close()
 
 
+def plan_of(config: TrainConfig) -> Plan:
+    """How to compute the runs: as configured, or by a short measured probe."""
+    if config.pack:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return Plan(device, config.pack, compiled=config.compile)
+    most = max(1, config.envs // max(1, config.workers))
+    return probe(config.relatives(0)[0], updates=config.updates, most=most)
+
+
 @contextmanager
-def opened(config: TrainConfig) -> Iterator[Curriculum]:
+def opened(config: TrainConfig, plan: Plan) -> Iterator[Curriculum]:
     """The curriculum of a configuration; closed at the end."""
-    curriculum = Curriculum(config)
+    curriculum = Curriculum(config, plan)
     try:
         yield curriculum
     finally:
         curriculum.close()
 
 
-def _make(config: TrainConfig, stage: Stage) -> VectorEnv:
+def _make(config: TrainConfig, plan: Plan, stage: Stage) -> VectorEnv:
     if stage == "surrogate":
         return SurrogateVectorEnv(
             SIMULATED, actions=config.actions(), decisions=config.task_list()[0].decisions,
@@ -165,8 +186,8 @@ def _make(config: TrainConfig, stage: Stage) -> VectorEnv:
     for task in config.task_list(stage):  # read once here; forked processes share the memory
         workload.load(task)
     if not config.workers:
-        return _part(config, stage, range(config.envs))
-    lockstep = _lockstep(config, stage)
+        return _part(config, plan, stage, range(config.envs))
+    lockstep = _lockstep(config, plan, stage)
     families = {
         family(task)._replace(interval=0): task
         for number in range(0, config.envs, config.pack)
@@ -175,20 +196,20 @@ def _make(config: TrainConfig, stage: Stage) -> VectorEnv:
     for task in families.values():
         lockstep.warm(task)
     size = config.envs // config.workers
-    parts = [partial(_part, config, stage, range(i * size, (i + 1) * size))
+    parts = [partial(_part, config, plan, stage, range(i * size, (i + 1) * size))
              for i in range(config.workers)]  # fmt: skip
     return WorkerVectorEnv(parts, _make_env(config, stage, 0, TorchJob), size)
 
 
-def _part(config: TrainConfig, stage: Stage, numbers: Iterable[int]) -> PackedVectorEnv:
+def _part(config: TrainConfig, plan: Plan, stage: Stage, numbers: Iterable[int]) -> PackedVectorEnv:
     """Some of the environments, computed in one process."""
     makes = [partial(_make_env, config, stage, number) for number in numbers]
-    return PackedVectorEnv(makes, _lockstep(config, stage))
+    return PackedVectorEnv(makes, _lockstep(config, plan, stage))
 
 
-def _lockstep(config: TrainConfig, stage: Stage) -> Lockstep:
+def _lockstep(config: TrainConfig, plan: Plan, stage: Stage) -> Lockstep:
     classes = max(len(workload.load(task).classes) for task in config.task_list(stage))
-    return Lockstep(config.pack, classes=classes, compiled=config.compile)
+    return Lockstep(plan, classes=classes)
 
 
 def _make_env(config: TrainConfig, stage: Stage, number: int, make_job: MakeJob) -> FineTuneEnv:

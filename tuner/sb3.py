@@ -20,12 +20,12 @@ class PPOConfig:
     """Schulman et al. 2017, with the discount of 1 that a telescoping reward asks for."""
 
     episodes: int = 4  # of each environment in an iteration
-    rate: float = 1e-3  # at the start; falls linearly to a third
+    rate: float = 1e-3  # at the start; falls linearly to a tenth
     epochs: int = 10
     minibatch: int = 64  # or a twentieth of the rollout, if that is more
     lambda_: float = 0.95  # Schulman et al. 2016
     clip: float = 0.2
-    entropy: float = 0.01
+    entropy: float = 0.01  # at the start; falls linearly to nothing
     layers: tuple[int, ...] = (64, 64)
     restraint: float = 1.5  # by how much the logit of *keep* is ahead at the start
 
@@ -89,8 +89,9 @@ class PPOAgent:
 
     def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
         """One rollout of whole episodes, then its epochs of updates."""
-        model, rate = self._model, self._config.rate * (1.0 - share * 2 / 3)
+        model, rate = self._model, self._config.rate * (1.0 - 0.9 * share)
         model.lr_schedule = lambda _: rate
+        model.ent_coef = self._config.entropy * (1.0 - share)
         _fresh(model, self._venv, seed)
         model.learn(self._steps * envs.num_envs, reset_num_timesteps=False)
         values = model.logger.name_to_value

@@ -9,6 +9,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from baselines.identity import code_version
 from envs import observe, workload
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.hardware import Plan
 from tuner import policy
 from tuner.agent import Agent, Normaliser
-from tuner.curriculum import TrainConfig, iteration_seed, opened
+from tuner.curriculum import TrainConfig, iteration_seed, opened, plan_of
 from tuner.policy import Policy
 from tuner.recorder import Recorder
 from tuner.tabular import TabularAgent, TabularConfig, q_learning, sarsa
@@ -45,7 +47,8 @@ def train(
     """
     config.check()
     saved = _load_checkpoint(out / "checkpoint.pt", config)
-    with opened(config) as curriculum:
+    plan = plan_of(config) if saved is None else Plan(**json.loads(saved["plan"]))
+    with opened(config, plan) as curriculum:
         real = curriculum.envs("tasks")
         if saved is None:
             normaliser = survey(real, config.seed)
@@ -68,10 +71,10 @@ def train(
             recorder.forget()
             figures = agent.learn(recorder, iteration_seed(config.seed, len(rows)), share)
             rows.append(_row(len(rows), stage, recorder, figures, time.perf_counter() - began))
-            _save_checkpoint(out, config, agent, real, normaliser, rows)
+            _save_checkpoint(out, config, plan, agent, real, normaliser, rows)
             if on_iteration is not None:
                 on_iteration(done(config, rows), rows[-1])
-        result = make_policy(config, agent, real, normaliser, rows)
+        result = make_policy(config, plan, agent, real, normaliser, rows)
     policy.save(result, out / "policy.safetensors")
     return policy.load(out / "policy.safetensors")
 
@@ -114,6 +117,7 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
 
 def make_policy(
     config: TrainConfig,
+    plan: Plan,
     agent: Agent,
     recorder: Recorder,
     normaliser: Normaliser,
@@ -144,6 +148,7 @@ def make_policy(
         "final_return": float(np.mean([row["return_mean"] for row in last])),
         "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
         "threads": torch.get_num_threads(),
+        "plan": asdict(plan),
     }
     return policy.make(
         arrays=arrays,
@@ -180,6 +185,7 @@ def _row(
 def _save_checkpoint(
     out: Path,
     config: TrainConfig,
+    plan: Plan,
     agent: Agent,
     recorder: Recorder,
     normaliser: Normaliser,
@@ -190,6 +196,7 @@ def _save_checkpoint(
     torch.save(
         {
             "config": config.model_dump_json(),
+            "plan": json.dumps(asdict(plan)),
             "made_with": _made_with(config),
             "threads": torch.get_num_threads(),
             "agent": agent.state(),
