@@ -2,4 +2,11 @@
 
 import gymnasium
 
-gymnasium.register(id="Steersman/FineTune-v0", entry_point="envs.env:FineTuneEnv")
+gymnasium.register(
+    id="Steersman/FineTune-v0",
+    entry_point="envs.env:FineTuneEnv",
+    vector_entry_point="envs.vector:packed",
+)
+gymnasium.register(
+    id="Steersman/Surrogate-v0", vector_entry_point="envs.surrogate:SurrogateVectorEnv"
+)

@@ -6,12 +6,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
+from envs.hardware import Plan
 from envs.lockstep import Lockstep
 
 MakeEnv = Callable[[MakeJob], FineTuneEnv]
@@ -121,6 +123,20 @@ class PackedVectorEnv(EachVectorEnv):
         """One step of every environment; updates and scores are computed together."""
         pairs = zip(self.envs, actions, strict=True)
         return self._lockstep.run([partial(_step, env, action) for env, action in pairs])
+
+
+def packed(
+    num_envs: int = 1, *, pack: int = 8, compiled: bool = False, **settings: Any
+) -> PackedVectorEnv:
+    """Environments of one kind in packs: what ``gymnasium.make_vec`` calls.
+
+    pack: runs computed in one batched model; settings: of `FineTuneEnv`.
+    """
+    if num_envs < 1:
+        raise BadInput(f"environments: num_envs: {num_envs!r} is not a count; give at least 1")
+    plan = Plan("cuda" if torch.cuda.is_available() else "cpu", pack, compiled=compiled)
+    makes = [lambda make_job: FineTuneEnv(**settings, make_job=make_job)] * num_envs
+    return PackedVectorEnv(makes, Lockstep(plan))
 
 
 def _step(env: FineTuneEnv, action: Any) -> Step:

@@ -4,6 +4,7 @@ import os
 import signal
 from functools import partial
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -85,6 +86,20 @@ def test_the_same_seed_gives_the_same_episodes_bit_for_bit_here_and_in_workers(m
     assert same(there, play(workers(make), 7))
     for a, b in zip(here, there, strict=True):
         np.testing.assert_allclose(a[0], b[0], atol=5e-3)
+
+
+def test_gymnasium_makes_them_by_name(tiny_task):
+    envs = gymnasium.make_vec("Steersman/FineTune-v0", num_envs=3, task=tiny_task(), pack=2)
+    assert isinstance(envs.unwrapped, PackedVectorEnv)
+    observations, _ = envs.reset(seed=1)
+    assert envs.observation_space.contains(observations)
+    plain = [gymnasium.make("Steersman/FineTune-v0", task=tiny_task()) for _ in range(3)]
+    for seed, env in enumerate(plain, 1):
+        np.testing.assert_allclose(env.reset(seed=seed)[0], observations[seed - 1], atol=1e-5)
+    simulated = gymnasium.make_vec("Steersman/Surrogate-v0", num_envs=5)
+    assert simulated.reset(seed=0)[0].shape == observations[:1].repeat(5, 0).shape
+    with pytest.raises(BadInput, match="num_envs: 0 is not a count"):
+        gymnasium.make_vec("Steersman/FineTune-v0", num_envs=0)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_episodes_are_truncated(make):

@@ -75,7 +75,8 @@ def resolve(model: type[M], path: Path | None, flags: dict[str, Any]) -> M:
         if first["type"] == "literal_error":
             choices = typing.get_args(model.model_fields[name].annotation)
             raise BadInput(f"{where}: {UnknownName('value', value, map(str, choices))}") from None
-        raise BadInput(f"{where}: {value!r}: {first['msg'].lower()}; see --help") from None
+        problem = first["msg"].lower().removeprefix("value error, ")
+        raise BadInput(f"{where}: {value!r}: {problem}; see --help") from None
 
 
 def read(path: Path) -> dict[str, Any]:
