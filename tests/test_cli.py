@@ -47,7 +47,7 @@ def policy_file(tmp_path):
         (["train", "--agnt", "ppo"], "--agent"),
         (["train", "--agent", "pqo"], "'pqo'"),
         (["train", "--tasks", "trec7"], "Did you mean 'trec6'"),
-        (["train", "--iterations", "0"], "--iterations"),
+        (["train", "--iterations", "-1"], "--iterations"),
         (["train", "--iterations", "many"], "--iterations"),
         (["train", "--view", "continuous", "--agent", "dqn"], "acts discretely"),
         (["train", "--steps", "3", "--interval", "5"], "interval"),

@@ -39,7 +39,7 @@ class DQNConfig:
     minibatch: int = 64
     buffer: int = 50_000
     gradient_steps: int = 2  # after each step of all environments
-    target_interval: int = 250  # decisions between copies of the target network
+    target_interval: int = 250  # decisions between copies of the target network, at least
     explore_from: float = 1.0
     explore_to: float = 0.05
     layers: tuple[int, ...] = (64, 64)
@@ -144,7 +144,7 @@ class DQNAgent:
             gamma=1.0,
             train_freq=1,
             gradient_steps=config.gradient_steps,
-            target_update_interval=config.target_interval,
+            target_update_interval=max(config.target_interval, 4 * envs.num_envs),
             policy_kwargs={"net_arch": list(config.layers)},
             seed=0,
             device="cpu",
