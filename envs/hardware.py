@@ -62,8 +62,8 @@ def _probe(task: Task, device: str, updates: float, most: int) -> Plan:
             break
         plan, cost = larger, its
     lower = Plan(device, plan.pack, bfloat16=True)
-    if updates and seconds(task, lower) < WORTH * cost * HALF:
-        plan, cost = lower, seconds(task, lower)
+    if updates and (its := seconds(task, lower)) < WORTH * HALF * cost:
+        plan, cost = lower, its  # coarser numbers must save more than half
     compiled = Plan(device, plan.pack, plan.bfloat16, compiled=True)
     if updates * cost * HALF > COMPILING and seconds(task, compiled) < WORTH * cost:
         plan = compiled
