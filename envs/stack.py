@@ -70,9 +70,10 @@ class Stack:
         """Of all lanes."""
         return sum(4 * part.weights.nbytes for part in (self.row, self.table))
 
-    def begin(self, lane: int, row: Tensor, table: Tensor, columns: Tensor, cells: Tensor) -> None:
+    def begin(self, lane: int, row: Tensor, columns: Tensor, cells: Tensor) -> None:
         """New weights in a lane. columns, cells: what the probe samples of row and table."""
-        self.restore(lane, [row, table.reshape(-1)])
+        self.row.weights[lane] = row
+        self._forget(lane)
         zero = self.layout.zero
         if columns.numel() > self._columns.shape[1]:
             more = columns.numel() - self._columns.shape[1]
@@ -85,6 +86,13 @@ class Stack:
         self._columns[lane, : columns.numel()] += columns.to(self.device) - zero
         self._cells[lane] = lane * self.table.weights.shape[1] + cells.to(self.device)
 
+    def begin_table(self, lane: int, table: Tensor, place: Tensor) -> None:
+        """A new (tokens, width) table in a lane. place: (tokens,) the row of each token."""
+        tokens = torch.empty_like(place)
+        tokens[place] = torch.arange(len(place))
+        mine = self.table.weights[lane].view_as(table)
+        torch.index_select(table, 0, tokens.to(self.device), out=mine)
+
     def snapshot(self, lane: int) -> Snapshot:
         """A lane's weights, copied."""
         return [self.row.weights[lane].clone(), self.table.weights[lane].clone()]
@@ -95,6 +103,10 @@ class Stack:
             if weights.shape != part.weights[lane].shape:
                 raise BadInput("snapshot: it belongs to another run; restore a run's own")
             part.weights[lane] = weights
+        self._forget(lane)
+
+    def _forget(self, lane: int) -> None:
+        for part in (self.row, self.table):
             part.first[lane] = 0.0
             part.second[lane] = 0.0
 
