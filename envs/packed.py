@@ -26,7 +26,7 @@ from envs.trunk import trunk_of
 
 CHUNK = 64  # rows of a split that are judged together
 BUFFERS = 4 << 20  # bytes that libraries take when they are first used
-HOLES = 1.12  # bytes that the allocator holds for a byte of work; measured, see `predict`
+HOLES = 1.12  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
 EDGE = 8  # lengths are multiples of it, so that many tasks are of one family
 
 
@@ -371,12 +371,17 @@ class _Look:
 
 
 def predict(task: Task, lanes: int, classes: int = 8) -> int:
-    """Bytes that a pack will take at its peak, all lanes computed together.
+    """Bytes that a pack will take at its peak, all lanes computed together: linear in the lanes."""
+    return lanes * _lane_peak(task, classes) + BUFFERS
 
-    Linear, from what a pack of two takes. Updates and scores ask for blocks of other sizes: what
-    one has freed is of little use to the other, so that their peaks add up, and some is lost
-    between blocks. Where these are large enough to be given back one by one (from 32 MB on, as in
-    packs of hundreds) less is lost.
+
+@functools.lru_cache(maxsize=64)
+def _lane_peak(task: Task, classes: int) -> int:
+    """Bytes of one lane, from a pack of two.
+
+    Updates and scores ask for blocks of other sizes: what one has freed is of little use to the
+    other, so that their peaks add up, and some is lost between blocks. Where these are large
+    enough to be given back one by one (from 32 MB on, in packs of hundreds) less is lost.
     """
     small = Pack(task, 2, classes)
     for lane in range(2):
@@ -388,4 +393,4 @@ def predict(task: Task, lanes: int, classes: int = 8) -> int:
     ):
         call()  # what is made once, as the texts of a split, is not of its work
         working += memory.peak(call)
-    return lanes * (small.lane_bytes + round(HOLES * working / 2)) + BUFFERS
+    return small.lane_bytes + round(HOLES * working / 2)
