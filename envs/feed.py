@@ -41,9 +41,8 @@ class Order:
     """The row numbers of every update of a run: a `TorchJob`'s of the same seed."""
 
     def __init__(self, rows: int, batch: int, seed: int, steps: int) -> None:
-        self._source, self._rows = epochs(rows, batch, seed), rows
+        self._source, self._rows, self._steps = epochs(rows, batch, seed), rows, steps
         self._known = next(self._source)
-        self.planned = self.take(0, steps)
 
     @property
     def nbytes(self) -> int:
@@ -63,17 +62,27 @@ class Order:
     def first_use(
         self, ids: Tensor, vocabulary: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`first_use` of the planned updates. ids: (rows, length) of the whole split.
+        """`first_use` of the run's planned updates. ids: (rows, length) of the whole split.
 
-        Only updates with a row that none before had can bring a new token.
+        Only updates with a row that none before had can bring a new token. Two epochs nearly
+        always have every row: the first drops less than a batch, the second those by chance.
         """
-        flat = self.planned.reshape(-1).numpy()
-        first = np.full(self._rows, flat.size, dtype=np.int64)
-        first[flat[::-1]] = np.arange(flat.size - 1, -1, -1)
-        fresh = np.zeros(len(self.planned), dtype=bool)
-        fresh[first[first < flat.size] // self.planned.shape[1]] = True
-        ranks, reach = first_use(ids[self.planned[torch.from_numpy(fresh)]].numpy(), vocabulary)
-        return ranks, reach[fresh.cumsum() - 1]
+        planned, first = self._first(min(self._steps, 2 * len(self._known)))
+        if len(planned) < self._steps and first.max() == len(planned):
+            planned, first = self._first(self._steps)
+        fresh = np.zeros(len(planned) + 1, dtype=bool)  # the last is of rows that have no turn
+        fresh[first] = True
+        ranks, reach = first_use(ids[planned[torch.from_numpy(fresh[:-1])]].numpy(), vocabulary)
+        steps = np.minimum(np.arange(self._steps), len(planned) - 1)
+        return ranks, reach[(fresh.cumsum() - 1)[steps]]
+
+    def _first(self, steps: int) -> tuple[Tensor, NDArray[np.int64]]:
+        """Row numbers of the first updates, and the first of them that has each row, or steps."""
+        planned = self.take(0, steps)
+        flat = planned.reshape(-1).numpy()
+        first = np.full(self._rows, steps, dtype=np.int64)
+        first[flat[::-1]] = np.arange(steps).repeat(planned.shape[1])[::-1]
+        return planned, first
 
 
 def first_use(

@@ -62,6 +62,7 @@ class Stack:
         self.layout, self.device, self.width = layout, device, width
         self.row = Part(lanes, layout.width, device)
         self.table = Part(lanes, tokens * width, device)
+        self._used = [0] * lanes  # columns of the tables that may have moments
         self._columns = torch.full((lanes, 0), 0, device=device)
         self._cells = torch.full((lanes, 0), 0, device=device)
 
@@ -106,9 +107,10 @@ class Stack:
         self._forget(lane)
 
     def _forget(self, lane: int) -> None:
-        for part in (self.row, self.table):
-            part.first[lane] = 0.0
-            part.second[lane] = 0.0
+        used, self._used[lane] = self._used[lane], 0
+        for part, stop in ((self.row, self.layout.width), (self.table, used)):
+            part.first[lane, :stop] = 0.0
+            part.second[lane, :stop] = 0.0
 
     def hand_over(self, lane: int, old: Knobs, new: Knobs, age: int) -> bool:
         """Change the optimizer -> whether it inherits anything."""
@@ -163,7 +165,11 @@ class Stack:
 
     def step(self, turns: Sequence[Turn]) -> None:
         """One optimizer update of each lane; slopes are used up."""
-        if self.device.type != "cpu":
+        on_cpu = self.device.type == "cpu"
+        for turn in turns:
+            moved = turn.reach * self.width if on_cpu else self.table.weights.shape[1]
+            self._used[turn.lane] = max(self._used[turn.lane], moved)
+        if not on_cpu:
             self._step_together(turns)
             return
         for turn in turns:
