@@ -1,10 +1,20 @@
 """Cases: which sides are measured together, and how a round of them gives a claim's figure."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from harness import Case, Round, Side
 
 WIDTHS = (32, 64, 128)
+PACKS = (1, 4, 8, 16, 32, 64)
+MEMORY = (1, 4, 16, 64, 256)
+LORA = 8  # runs in a pack of adapters
+BRIEFLY = 4.0  # seconds of the measurements that only a plot needs
+GPU = (
+    "There is no GPU that PyTorch can use; on a machine with one: "
+    "python benchmarks/speed.py --only gpu"
+)
 DACBENCH = (
     "DACBench is measured by an interpreter that has it: python3 -m venv DIR; "
     "DIR/bin/pip install torch==2.13.0; DIR/bin/pip install --no-deps torchvision==0.28.0; "
@@ -14,7 +24,10 @@ DACBENCH = (
 
 def cases(dacbench: str | None) -> list[Case]:
     """All of them, cheapest first."""
-    return [roofline(), single(), environment(), learning(), dac(dacbench), minilm()]
+    return [
+        roofline(), surrogate(), reset(), memory(), single(), environment(), learning(),
+        dac(dacbench), trunk(), lora(), packed(), eager(), lengths(), gpu(),
+    ]  # fmt: skip
 
 
 def roofline() -> Case:
@@ -39,15 +52,166 @@ def single() -> Case:
     )
 
 
-def minilm() -> Case:
-    """One MiniLM-L6 run at a time: an adapter, or the last layer and the head."""
+def packed() -> Case:
+    """Packs of compiled code beside the Trainer and TorchJob; the best size is taken."""
     return Case(
-        "minilm",
+        "packed",
+        [
+            Side("trainer-32", "step:trainer"),
+            *(Side(f"torchjob-{w}", "step:torchjob", {"width": w}) for w in WIDTHS),
+            *(
+                Side(f"pack-{w}-{n}", "packs:update", {"width": w, "runs": n})
+                for w in WIDTHS
+                for n in PACKS
+            ),
+        ],
+        {"packed_trainer_32": faster(_packs(32), "trainer-32")}
+        | {f"packed_torchjob_{w}": faster(_packs(w), f"torchjob-{w}") for w in WIDTHS},
+        rounds=3,
+    )
+
+
+def _packs(width: int) -> list[str]:
+    return [f"pack-{width}-{n}" for n in PACKS]
+
+
+def eager() -> Case:
+    """The same packs without compiled code, as shipped trainings run them."""
+    sizes = [(32, n) for n in PACKS] + [(w, 8) for w in WIDTHS[1:]]
+    told = {"compiled": False, "limit": BRIEFLY}
+    return Case(
+        "packed-eager",
+        [
+            Side("torchjob-32", "step:torchjob"),
+            *(
+                Side(f"eager-{w}-{n}", "packs:update", {"width": w, "runs": n, **told})
+                for w, n in sizes
+            ),
+        ],
+        {"eager_torchjob_32": faster([f"eager-32-{n}" for n in PACKS], "torchjob-32")},
+        rounds=3,
+    )
+
+
+def lengths() -> Case:
+    """A pack over the length of the rows."""
+    return Case(
+        "packed-lengths",
+        [
+            Side(f"pack-32-8-tokens-{n}", "packs:update", {"tokens": n, "limit": BRIEFLY})
+            for n in (8, 32, 64)
+        ],
+        rounds=2,
+    )
+
+
+def lora() -> Case:
+    """A pack of MiniLM-L6 adapters beside one run at a time."""
+    ways = {"eager": {}, "compiled": {"compiled": True}, "bfloat16": {"bfloat16": True},
+            "compiled-bfloat16": {"compiled": True, "bfloat16": True}}  # fmt: skip
+    return Case(
+        "lora",
         [
             Side("torchjob-lora", "step:torchjob_minilm", {"adapter": "lora"}),
-            Side("torchjob-last-layer", "step:torchjob_minilm", {"layers": 1}),
+            *(
+                Side(f"lora-{name}", "packs:lora", {"runs": LORA, **told})
+                for name, told in ways.items()
+            ),
         ],
+        {
+            "lora_pack_8": faster(["lora-eager", "lora-compiled"], "torchjob-lora"),
+            "lora_pack_8_bfloat16": faster(
+                ["lora-bfloat16", "lora-compiled-bfloat16"], "torchjob-lora"
+            ),
+        },
         rounds=3,
+    )
+
+
+def trunk() -> Case:
+    """MiniLM-L6 with all but its last layer frozen: computed once, or in every update."""
+    ways: dict[str, dict[str, Any]] = {
+        f"trunk-{n}{'-compiled' if compiled else ''}": {"runs": n, "compiled": compiled}
+        for n in (1, 8)
+        for compiled in (False, True)
+    }
+    return Case(
+        "trunk",
+        [
+            Side("torchjob-last-layer", "step:decision"),
+            *(Side(name, "packs:trunk", told) for name, told in ways.items()),
+        ],
+        {
+            "trunk_cache": faster(list(ways), "torchjob-last-layer"),
+            "trunk_cache_decision": faster(list(ways), "torchjob-last-layer", "decision"),
+        },
+        rounds=3,
+    )
+
+
+def reset() -> Case:
+    """Opening a pack's runs anew beside one update of them."""
+    sides = [Side(f"reset-{w}", "packs:reset", {"width": w}) for w in WIDTHS[:2]]
+    return Case(
+        "reset",
+        sides,
+        {
+            f"pack_reset_{w}": lambda results, w=w: (
+                results[f"reset-{w}"]["opening"] / results[f"reset-{w}"]["update"]
+            )
+            for w in WIDTHS[:2]
+        },
+        rounds=3,
+    )
+
+
+def memory() -> Case:
+    """What packs take, beside what was predicted."""
+    return Case(
+        "memory",
+        [Side(f"memory-{n}", "pack_memory:taken", {"runs": n}) for n in MEMORY],
+        {
+            "memory": lambda results: max(
+                abs(side["megabytes"] / side["predicted"] - 1) for side in results.values()
+            )
+        },
+        rounds=3,
+    )
+
+
+def surrogate() -> Case:
+    """Simulated environments, and one observation of a real one."""
+    return Case(
+        "surrogate",
+        [
+            Side("surrogate", "surrogate_speed:steps"),
+            Side("observation", "surrogate_speed:observation"),
+        ],
+        {
+            "surrogate": lambda results: results["surrogate"]["a_second"],
+            "observation": lambda results: results["observation"]["milliseconds"],
+        },
+        rounds=3,
+    )
+
+
+def gpu() -> Case:
+    """Large packs on a GPU beside runs in turn there."""
+    there = {"device": "cuda"}
+    return Case(
+        "gpu",
+        [
+            Side("gpu-trainer-64", "step:trainer", {"width": 64, **there}),
+            Side("gpu-pack-64-256", "packs:update", {"width": 64, "runs": 256, **there}),
+            Side("gpu-torchjob-lora", "step:torchjob_minilm", {"adapter": "lora", **there}),
+            Side("gpu-lora-64", "packs:lora", {"runs": 64, "compiled": True, **there}),
+        ],
+        {
+            "gpu_packed_256": faster("gpu-pack-64-256", "gpu-trainer-64"),
+            "gpu_lora_64": faster("gpu-lora-64", "gpu-torchjob-lora"),
+        },
+        rounds=3,
+        missing=None if torch.cuda.is_available() else GPU,
     )
 
 
@@ -61,11 +225,17 @@ def environment() -> Case:
 
 
 def learning() -> Case:
-    """PPO end to end."""
+    """PPO end to end, as shipped and with compiled packs."""
     return Case(
         "learning",
-        [Side("ppo", "learning:outside")],
-        {"ppo_outside": lambda results: results["ppo"]["share"]},
+        [
+            Side("ppo", "learning:outside"),
+            Side("ppo-compiled", "learning:outside", {"compiled": True}),
+        ],
+        {
+            "ppo_outside": lambda results: results["ppo"]["share"],
+            "ppo_outside_compiled": lambda results: results["ppo-compiled"]["share"],
+        },
         rounds=3,
     )
 
@@ -91,9 +261,10 @@ def dac(python: str | None) -> Case:
     )
 
 
-def faster(this: str, that: str) -> Callable[[Round], float]:
-    """How many times fewer seconds a run-step of one side takes."""
-    return lambda results: results[that]["seconds"] / results[this]["seconds"]
+def faster(these: str | list[str], that: str, what: str = "seconds") -> Callable[[Round], float]:
+    """How many times fewer seconds the fastest of some sides takes, by default of a run-step."""
+    names = [these] if isinstance(these, str) else these
+    return lambda results: results[that][what] / min(results[name][what] for name in names)
 
 
 def overhead(side: str) -> Callable[[Round], float]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from inputs import full_rows
 
-from envs.job import TorchJob
-from tuner.recorder import Recorder
-from tuner.train import TrainConfig, iteration_seed, make_agent, open_envs, survey
+from envs.packed import Pack
+from tuner.curriculum import TrainConfig, iteration_seed, opened
+from tuner.train import make_agent, survey
 
-VERBS = ("__init__", "advance", "apply", "evaluate", "snapshot", "restore")
+VERBS = ("__init__", "open", "close", "advance", "apply", "evaluate", "snapshot", "restore")
 
 
 class Clock:
@@ -38,29 +38,33 @@ class Clock:
         return timed
 
 
-def outside(envs: int = 8, iterations: int = 3, width: int = 32) -> dict[str, Any]:
-    """The share of PPO's iterations, rollouts and updates alike, spent outside the jobs.
+def outside(
+    envs: int = 16, iterations: int = 2, width: int = 32, compiled: bool = False
+) -> dict[str, Any]:
+    """The share of PPO's iterations, rollouts and updates alike, spent outside the packs.
 
     One iteration warms up and is not counted; nor is the survey, which learns nothing.
     """
-    task = asdict(full_rows(width))
+    task = asdict(full_rows(width, steps=50, interval=5))
     config = TrainConfig(
-        tasks=(task,), envs=envs, iterations=iterations + 1, processes=False, vary=False
-    )
-    clock, whole = Clock(), 0.0
-    clock.around(TorchJob, VERBS)
-    with open_envs(config) as vector:
-        recorder = Recorder(vector)
+        tasks=(task,), envs=envs, workers=0, surrogate=0.0, budget="", iterations=iterations + 1,
+        compile=compiled,
+    )  # fmt: skip
+    clock, whole, decisions = Clock(), 0.0, 0
+    clock.around(Pack, VERBS)
+    with opened(config) as curriculum:
+        recorder = curriculum.envs("tasks")
         agent = make_agent(config, recorder, survey(recorder, config.seed))
         for number in range(iterations + 1):
             if number == 1:
                 clock.seconds = whole = 0.0
+                recorder.forget()
             began = time.process_time()
             agent.learn(recorder, iteration_seed(config.seed, number), 0.0)
             whole += time.process_time() - began
-    decisions = iterations * envs * config.episodes * config.task_list()[0].decisions
+        decisions = recorder.decisions
     return {
         "share": 1 - clock.seconds / whole, "seconds": whole, "decisions_a_second":
-        decisions / whole, "agent": "ppo", "envs": envs, "updates_a_decision": config.interval,
-        "width": width, "decisions": decisions,
+        decisions / whole, "agent": "ppo", "envs": envs, "pack": config.pack, "compiled": compiled,
+        "updates_a_decision": config.interval, "width": width, "decisions": decisions,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from plots import draw
 from record import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-UNITS = {"x": "x", "share": " %", "points": " points", "a second": " a second"}
+UNITS = {"x": "x", "share": " %", "points": " points", "a second": " a second", "ms": " ms"}
 HEAD = """# Performance
 
 `make bench` (with `DACBENCH=` an interpreter that has dacbench) measures everything here;
@@ -37,6 +37,23 @@ bytes at the speed of the cache: waiting for memory, small operations (norms, so
 masks), traffic that could be avoided, and Python.
 """
 
+TRUNK = """## Frozen trunk
+
+MiniLM-L6 with all but its last layer and head frozen. A decision is 6 updates and the scores of
+128 and 256 rows, as an environment asks for them.
+"""
+MEMORY = """## Memory
+
+Peak of a fresh process over three intervals, each with two scores, less what it had after loading
+libraries, texts and encoder.
+"""
+ELSEWHERE = """## Measured elsewhere
+
+`make bench` also runs `env_overhead.py`, `callback_overhead.py` and `demo.py` of this folder. Not
+part of it, as it takes minutes: `python benchmarks/surrogate_transfer.py`, whether what is learned
+on the surrogate is worth anything on real runs.
+"""
+
 
 def page(results: Mapping[str, Any], docs: Path) -> str:
     """The page's text; its plots are written to ``docs/performance``."""
@@ -46,7 +63,7 @@ def page(results: Mapping[str, Any], docs: Path) -> str:
         parts.append(f"{plot.title}: {plot.missing}." if plot.missing else picture)
     parts += ["Bars are quartiles. Width 32 and 16 rows of 16 tokens where not varied; of several "
               "pack sizes the fastest is drawn.", costs(results), ROOFLINE, roofline(results),
-              dacbench(results)]  # fmt: skip
+              trunk(results), memory(results), dacbench(results), ELSEWHERE]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -85,6 +102,8 @@ def amount(claim: Claim, value: float) -> str:
         return f"{value:.1f}"
     if claim.unit == "a second":
         return f"{value:,.0f}"
+    if claim.unit == "ms":
+        return f"{value:.2g}"
     return f"{value:.3g}" if abs(value - 1) > 0.1 else f"{value:.3f}"
 
 
@@ -176,7 +195,7 @@ def fastest(results: Mapping[str, Any], width: int, engine: str) -> float | None
 def dacbench(results: Mapping[str, Any]) -> str:
     """What was compared with DACBench."""
     if "dacbench" not in results:
-        return ""
+        return "DACBench: not measured."
     sides = results["dacbench"]["sides"]
     rows = [
         (name, side["model"], f"{_value(side['parameters']):,.0f}",
@@ -194,6 +213,34 @@ def dacbench(results: Mapping[str, Any]) -> str:
     )
     head = ("side", "model", "parameters", "a step is", "bare loop, ms an update", "over it")
     return f"{text}\n\n{table(head, rows)}"
+
+
+def trunk(results: Mapping[str, Any]) -> str:
+    """Every way to fine-tune the last layer, in ms."""
+    if "trunk" not in results:
+        return "Frozen trunk: not measured."
+    sides = results["trunk"]["sides"]
+    rows = [
+        (side["engine"], str(side["runs"]), ms(_value(side["seconds"])),
+         ms(_value(side["decision"])),
+         f"{_value(side['prepared']):.1f}" if "prepared" in side else "")
+        for side in sides.values()
+    ]  # fmt: skip
+    head = ("engine", "runs", "ms an update of a run", "ms a decision of a run",
+            "s once for all runs")  # fmt: skip
+    return f"{TRUNK}\n{table(head, rows)}"
+
+
+def memory(results: Mapping[str, Any]) -> str:
+    """What packs take beside what was predicted."""
+    if "memory" not in results:
+        return "Memory: not measured."
+    rows = [
+        (str(side["runs"]), f"{_value(side['megabytes']):.1f}", f"{_value(side['predicted']):.1f}",
+         f"{100 * (_value(side['megabytes']) / _value(side['predicted']) - 1):+.1f} %")
+        for side in results["memory"]["sides"].values()
+    ]  # fmt: skip
+    return f"{MEMORY}\n{table(('runs', 'MB taken', 'MB predicted', 'apart'), rows)}"
 
 
 def _value(entry: Any) -> float:

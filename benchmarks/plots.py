@@ -11,7 +11,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 INK, SOFT, LINE = "#30343a", "#767c85", "#d8dce1"
-COLOURS = {"Trainer": "#93703a", "TorchJob": "#2b7fb8", "Pack": "#d9482b"}
+COLOURS = {"Trainer": "#93703a", "TorchJob": "#2b7fb8", "Pack": "#d9482b",
+           "Pack, eager": "#e9a23b"}  # fmt: skip
 STYLE = {
     "svg.fonttype": "path", "svg.hashsalt": "steersman", "font.size": 9, "axes.edgecolor": LINE,
     "axes.labelcolor": INK, "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False,

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from inputs import full_rows
+from inputs import CLASSES, full_rows
 
 from envs import workload
 
-LAYERS, SPREAD, CLASSES = 2, 4, 5  # of the shipped encoders and the benchmarks' corpus
+LAYERS, SPREAD = 2, 4  # of the shipped encoders
 FLOAT = 4  # bytes
 # AdamW reads weight, gradient and two moments and writes weight and two moments; before that the
 # gradient is written once, and read once for its norm.

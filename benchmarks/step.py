@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,16 +34,18 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         }
 
 
-def trainer(width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0) -> dict[str, Any]:
+def trainer(
+    width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
     """The transformers Trainer with its defaults; nothing logged, evaluated or saved."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    warmup, stamps = 20, [0.0]
+    warmup, stamps, now = 20, [0.0], clock(device)
 
     class Stamp(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in (warmup, warmup + steps):
-                stamps.append(time.process_time())
+                stamps.append(now())
 
     task = full_rows(width, tokens=tokens)
     data = workload.load(task)
@@ -50,8 +53,8 @@ def trainer(width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0) 
         arguments = TrainingArguments(
             output_dir=folder, max_steps=warmup + steps, seed=seed, report_to="none",
             per_device_train_batch_size=task.batch, learning_rate=1e-3, save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_drop_last=True,
-            label_names=["labels"],
+            logging_strategy="no", disable_tqdm=True, use_cpu=device == "cpu",
+            dataloader_drop_last=True, label_names=["labels"],
         )  # fmt: skip
         Trainer(
             model=data.module(seed), args=arguments, train_dataset=Rows(data.rows["train"]),
@@ -67,25 +70,50 @@ def torchjob(width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0)
 
 
 def torchjob_minilm(
-    adapter: str = "full", layers: int | None = None, steps: int = 12, seed: int = 0
-) -> dict[str, Any]:
+    adapter: str = "full", layers: int | None = None, steps: int = 12, seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
     """The native loop of one MiniLM-L6 run: all of it, an adapter, or the uppermost layers."""
     task = minilm(adapter=adapter, trainable_layers=layers)
-    return told("TorchJob", task, advance(task, steps, 2, seed), width=384)
+    return told("TorchJob", task, advance(task, steps, 2, seed, device), width=384)
 
 
-def advance(task: Task, steps: int, warmup: int, seed: int) -> float:
-    """Seconds of an update in whole intervals, with the probe that each interval ends in.
+def decision(layers: int = 1, seed: int = 0) -> dict[str, Any]:
+    """The same with lower layers frozen, and a decision: an interval and two scores."""
+    task = minilm(trainable_layers=layers)
+    job, now = TorchJob(task, seed, Knobs(rate=1e-3)), clock("cpu")
+    job.advance(2)
+    job.evaluate("validation")
+    began = now()
+    job.advance(task.interval)
+    middle = now()
+    job.evaluate("validation")
+    job.evaluate("selection")
+    found = told("TorchJob", task, (middle - began) / task.interval, width=384)
+    return {**found, "decision": now() - began}
 
-    Processor time: one thread does all the work, and other programs do not count.
-    """
-    job = TorchJob(task, seed, Knobs(rate=1e-3))
+
+def advance(task: Task, steps: int, warmup: int, seed: int, device: str = "cpu") -> float:
+    """Seconds of an update in whole intervals, with the probe that each interval ends in."""
+    job, now = TorchJob(task, seed, Knobs(rate=1e-3), device), clock(device)
     interval = min(task.interval, steps)
     job.advance(warmup)
-    began = time.process_time()
+    began = now()
     for _ in range(steps // interval):
         job.advance(interval)
-    return (time.process_time() - began) / (steps // interval * interval)
+    return (now() - began) / (steps // interval * interval)
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Seconds: of the processor, whose one thread does all the work; of the wall for a GPU."""
+    if device == "cpu":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
 
 
 def told(engine: str, task: Task, seconds: float, *, width: int, runs: int = 1) -> dict[str, Any]:

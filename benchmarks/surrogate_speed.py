@@ -1,30 +1,21 @@
-"""How fast the surrogate steps on one core, and what one observation costs a single job.
-
-    python benchmarks/surrogate_speed.py [--envs 4096] [--repeats 15]
+"""Surrogate: environment steps a second on one core, and what one observation costs a job.
 
 Everything is included: decoding of actions, dynamics, observations, rewards, ends and the next
-episodes. Actions are random, so that runs diverge and episodes are out of step. Steps per second
-are of the wall clock and of the processor (`time.process_time`; on a busy machine the wall clock
-measures the others); the median over repeats, and the quartiles. Needs no fetched data.
+episodes. Actions are random, so that runs diverge and episodes are out of step.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from record import record
 
 from envs.knobs import Decision
 from envs.observe import observe
 from envs.progress import Context, Progress
 from envs.surrogate import SurrogateVectorEnv
 
-BARS = {"steps_per_second": 300_000, "observe_ms": 0.15}
 STEPS = 40
 
 
@@ -62,51 +53,28 @@ def observing() -> Callable[[], float]:
     return observations
 
 
-def measure(action: Callable[[], float], repeats: int) -> dict[str, Any]:
-    """Seconds per unit of work: median and quartiles of the wall clock and of the processor."""
+def steps(envs: int = 4096, repeats: int = 15, seed: int = 0) -> dict[str, Any]:
+    """Environment steps a second of the processor; of the wall clock, which others slow, too."""
+    action = stepping(envs, seed)
+    action()
     walls, processors = [], []
     for _ in range(repeats):
         wall, processor = time.perf_counter(), time.process_time()
         done = action()
-        processors.append((time.process_time() - processor) / done)
-        walls.append((time.perf_counter() - wall) / done)
-    return {"wall": statistics.quantiles(walls), "processor": statistics.quantiles(processors)}
-
-
-def figures(envs: int = 4096, repeats: int = 15, seed: int = 0) -> dict[str, Any]:
-    """All figures, with the bars they are held to."""
-    result: dict[str, Any] = {}
-    for count in (256, 1024, envs):
-        action = stepping(count, seed)
-        action()
-        times = measure(action, repeats)
-        # A quarter of the repeats is faster than the last figure, a quarter slower than the first.
-        result[f"{count} environments"] = {
-            clock: [round(1 / seconds) for seconds in reversed(times[clock])] for clock in times
-        }
-    best = result[f"{envs} environments"]
-    once = measure(observing(), repeats)
+        processors.append(done / (time.process_time() - processor))
+        walls.append(done / (time.perf_counter() - wall))
     return {
-        "steps_per_second": best["wall"][1],
-        "steps_per_processor_second": best["processor"][1],
-        "observe_ms": round(once["processor"][1] * 1e3, 4),
-        "observe_wall_ms": round(once["wall"][1] * 1e3, 4),
-        "quartiles": result,
-        "bars": BARS,
-    }
+        "a_second": statistics.median(processors), "a_second_of_the_wall_clock":
+        statistics.median(walls), "envs": envs,
+    }  # fmt: skip
 
 
-def main() -> None:
-    """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--envs", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    found = figures(options.envs, options.repeats)
-    print(json.dumps(found, indent=2))
-    record("surrogate_speed", found, seeds=[0])
-
-
-if __name__ == "__main__":
-    main()
+def observation(repeats: int = 15) -> dict[str, Any]:
+    """Milliseconds of the processor that one observation of a single job takes."""
+    action, times = observing(), []
+    action()
+    for _ in range(repeats):
+        began = time.process_time()
+        done = action()
+        times.append((time.process_time() - began) / done)
+    return {"milliseconds": 1e3 * statistics.median(times)}

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from envs.job import batches
+from envs.job import epochs
 from envs.workload import Tokens
 
 
@@ -41,16 +41,48 @@ class Order:
     """The row numbers of every update of a run: a `TorchJob`'s of the same seed."""
 
     def __init__(self, rows: int, batch: int, seed: int, steps: int) -> None:
-        self._source = batches(rows, batch, seed)
-        self.planned = torch.stack([next(self._source) for _ in range(steps)])
+        self._source, self._rows, self._steps = epochs(rows, batch, seed), rows, steps
+        self._known = next(self._source)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the row numbers that are known."""
+        return self._known.nbytes
 
     def take(self, start: int, count: int) -> Tensor:
         """(count, batch) row numbers of the updates from ``start`` on."""
-        missing = start + count - len(self.planned)
-        if missing > 0:
-            more = torch.stack([next(self._source) for _ in range(missing)])
-            self.planned = torch.cat([self.planned, more])
-        return self.planned[start : start + count]
+        parts, have = [self._known], len(self._known)
+        while have < start + count:
+            parts.append(next(self._source))
+            have += len(parts[-1])
+        if len(parts) > 1:
+            self._known = torch.cat(parts)
+        return self._known[start : start + count]
+
+    def first_use(
+        self, ids: Tensor, vocabulary: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`first_use` of the run's planned updates. ids: (rows, length) of the whole split.
+
+        Only updates with a row that none before had can bring a new token. Two epochs nearly
+        always have every row: the first drops less than a batch, the second those by chance.
+        """
+        planned, first = self._first(min(self._steps, 2 * len(self._known)))
+        if len(planned) < self._steps and first.max() == len(planned):
+            planned, first = self._first(self._steps)
+        fresh = np.zeros(len(planned) + 1, dtype=bool)  # the last is of rows that have no turn
+        fresh[first] = True
+        ranks, reach = first_use(ids[planned[torch.from_numpy(fresh[:-1])]].numpy(), vocabulary)
+        steps = np.minimum(np.arange(self._steps), len(planned) - 1)
+        return ranks, reach[(fresh.cumsum() - 1)[steps]]
+
+    def _first(self, steps: int) -> tuple[Tensor, NDArray[np.int64]]:
+        """Row numbers of the first updates, and the first of them that has each row, or steps."""
+        planned = self.take(0, steps)
+        flat = planned.reshape(-1).numpy()
+        first = np.full(self._rows, steps, dtype=np.int64)
+        first[flat[::-1]] = np.arange(steps).repeat(planned.shape[1])[::-1]
+        return planned, first
 
 
 def first_use(
@@ -64,10 +96,12 @@ def first_use(
     flat = ids.reshape(-1)
     first = np.full(vocabulary, flat.size, dtype=np.int64)
     first[flat[::-1]] = np.arange(flat.size - 1, -1, -1)  # the earliest is written last
+    is_used = first < flat.size
+    used, never = np.flatnonzero(is_used), np.flatnonzero(~is_used)
     ranks = np.empty(vocabulary, dtype=np.int64)
-    ranks[np.argsort(first, kind="stable")] = np.arange(vocabulary)
-    used = first[first < flat.size] // size
-    return ranks, np.bincount(used, minlength=steps).cumsum()
+    ranks[used[np.argsort(first[used])]] = np.arange(len(used))
+    ranks[never] = np.arange(len(used), vocabulary)
+    return ranks, np.bincount(first[used] // size, minlength=steps).cumsum()
 
 
 def on_device(

@@ -251,7 +251,13 @@ def spread(seed: int, count: int) -> list[int]:
 
 def batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of row numbers; a new order each epoch, the last short batch dropped."""
+    for epoch in epochs(rows, batch, seed):
+        yield from epoch
+
+
+def epochs(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """The same, (batches, batch) row numbers of a whole epoch at a time."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(rows, generator=generator)
-        yield from order[: rows - rows % batch].view(-1, batch)
+        yield order[: rows - rows % batch].view(-1, batch)

@@ -42,10 +42,12 @@ class Layout:
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """(runs, width) -> the weights by name, (runs, *shape) each, sharing memory."""
-        return {
-            name: rows[:, place.start : place.stop].view(-1, *place.shape)
-            for name, place in self.places.items()
-        }
+        return {name: self.view(rows, name) for name in self.places}
+
+    def view(self, rows: Tensor, name: str) -> Tensor:
+        """(runs, width) -> one weight, (runs, *shape), sharing memory."""
+        place = self.places[name]
+        return rows[:, place.start : place.stop].view(-1, *place.shape)
 
     def flat(self, named: dict[str, Tensor], rows: int) -> Tensor:
         """Weights by name, (runs, *shape) each -> (runs, width) in a new tensor."""

@@ -21,17 +21,23 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            self._see(leaf, counted=False)  # it was there before, or it is known
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in self._known:
-                    self._known.add(key)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+            self._see(leaf, counted=True)
         self.most = max(self.most, self.now)
         return result
+
+    def _see(self, leaf: Any, *, counted: bool) -> None:
+        if isinstance(leaf, torch.Tensor):
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key not in self._known:
+                size = storage.nbytes() if counted else 0
+                self._known.add(key)
+                self.now += size
+                weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)

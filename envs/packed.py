@@ -1,9 +1,9 @@
 """Packed runs: several fine-tuning runs of one family advance together in one batched model."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from envs import memory, probe, workload
 from envs.batched import LOWEST, Batch, BatchedModel, fit
 from envs.errors import BadInput
-from envs.feed import Feed, Order, Rows, chunks, feed, first_use, on_device
+from envs.feed import Feed, Order, Rows, chunks, feed, on_device
 from envs.job import RandomState, Score, spread
 from envs.knobs import Knobs, factor
 from envs.layout import lay_out
@@ -25,6 +25,8 @@ from envs.task import Split, Task
 from envs.trunk import trunk_of
 
 CHUNK = 64  # rows of a split that are judged together
+BUFFERS = 4 << 20  # bytes that libraries take when they are first used
+HOLES = 1.12  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
 EDGE = 8  # lengths are multiples of it, so that many tasks are of one family
 
 
@@ -40,6 +42,7 @@ class Family(NamedTuple):
     length: int  # of every batch, so that a run's numbers do not depend on its neighbours
 
 
+@functools.lru_cache(maxsize=256)
 def family(task: Task) -> Family:
     """The family of a task's runs."""
     longest = max(int(rows.lengths.max()) for rows in workload.load(task).rows.values())
@@ -96,17 +99,19 @@ class Pack:
         tokens = self._model.table.shape[0] if self._layout.table else 0
         self._stack = Stack(self._layout, tokens, self._model.width, lanes, self._device)
         self._runs: list[_Run | None] = [None] * lanes
+        self._samples: dict[int, tuple[Tensor, Tensor]] = {}
         self._random = RandomState(0, self._device)
 
     @property
     def lane_bytes(self) -> int:
-        """Of a lane's weights, moments and slopes, and of its run's texts."""
-        texts = [rows for run in self._runs if run is not None for rows in run.rows.values()]
+        """Of a lane's weights, moments and slopes, and of its run's texts and order."""
+        runs = [run for run in self._runs if run is not None]
+        texts = [rows for run in runs for rows in run.rows.values()]
         own = sum(rows.ids.nbytes + rows.mask.nbytes + rows.labels.nbytes for rows in texts
                   if rows.source is None)  # fmt: skip
-        return self._stack.nbytes // self.lanes + own // max(
-            1, sum(r is not None for r in self._runs)
-        )
+        own += sum(run.order.nbytes + run.reach.nbytes for run in runs)
+        own += sum(run.place.nbytes for run in runs if run.place is not None)
+        return self._stack.nbytes // self.lanes + own // max(1, len(runs))
 
     # -- opening and closing -----------------------------------------------------------------
 
@@ -126,20 +131,19 @@ class Pack:
             )
         order_seed, head, _ = spread(seed, 3)
         order = Order(len(load.rows["train"]), task.batch, order_seed, task.steps)
-        place, reach, table = None, np.zeros(0, dtype=np.int64), self._model.table[:0]
-        columns, cells = (torch.from_numpy(x) for x in self._layout.sample(len(load.classes)))
+        columns, cells = self._sample(len(load.classes))
+        place, reach = None, np.zeros(0, dtype=np.int64)
         if self._layout.table:
             vocabulary, width = self._model.table.shape
-            ranks, reach = first_use(load.rows["train"].ids[order.planned].numpy(), vocabulary)
+            ranks, reach = order.first_use(load.rows["train"].ids, vocabulary)
             place = torch.from_numpy(ranks)
-            table = torch.empty_like(self._model.table)
-            table[place.to(self._device)] = self._model.table
+            self._stack.begin_table(lane, self._model.table, place)
             cells = place[cells // width] * width + cells % width
         row = self._pretrained.clone()
-        views = self._layout.views(row)
         for name, drawn in load.drawn(head).items():
-            views[name][0][tuple(slice(size) for size in drawn.shape)] = drawn.to(self._device)
-        self._stack.begin(lane, row[0], table, columns, cells)
+            view = self._layout.view(row, name)[0]
+            view[tuple(slice(size) for size in drawn.shape)] = drawn.to(self._device)
+        self._stack.begin(lane, row[0], columns, cells)
         self._classes[lane] = LOWEST
         self._classes[lane, : len(load.classes)] = 0.0
         self._runs[lane] = _Run(task, load, knobs, knobs.rate, order, place, reach)
@@ -244,6 +248,13 @@ class Pack:
         run = self._runs[lane]
         assert run is not None, "the lane is free"
         return run
+
+    def _sample(self, classes: int) -> tuple[Tensor, Tensor]:
+        """`Layout.sample`, made once for each number of classes."""
+        if classes not in self._samples:
+            columns, cells = self._layout.sample(classes)
+            self._samples[classes] = torch.from_numpy(columns), torch.from_numpy(cells)
+        return self._samples[classes]
 
     def _computed(self, wanted: Mapping[int, object]) -> list[int]:
         """The lanes that are computed: compiled code knows one number of them alone."""
@@ -360,17 +371,26 @@ class _Look:
 
 
 def predict(task: Task, lanes: int, classes: int = 8) -> int:
-    """Bytes that a pack will take at most, from what two small ones take: it is linear."""
+    """Bytes that a pack will take at its peak, all lanes computed together: linear in the lanes."""
+    return lanes * _lane_peak(task, classes) + BUFFERS
+
+
+@functools.lru_cache(maxsize=64)
+def _lane_peak(task: Task, classes: int) -> int:
+    """Bytes of one lane, from a pack of two.
+
+    Updates and scores ask for blocks of other sizes: what one has freed is of little use to the
+    other, so that their peaks add up, and some is lost between blocks. Where these are large
+    enough to be given back one by one (from 32 MB on, in packs of hundreds) less is lost.
+    """
     small = Pack(task, 2, classes)
     for lane in range(2):
         small.open(lane, task, lane, Knobs())
-    small.advance({0: 1, 1: 1})
-    each = small.lane_bytes
-    working = [memory.peak(partial(small.advance, dict.fromkeys(range(n), 1))) for n in (1, 2)]
-    judging = [memory.peak(partial(small.evaluate, dict.fromkeys(range(n), "validation")))
-               for n in (1, 2)]  # fmt: skip
-    most = max(
-        working[0] + (lanes - 1) * (working[1] - working[0]),
-        judging[0] + (lanes - 1) * (judging[1] - judging[0]),
-    )
-    return lanes * each + most
+    working = 0
+    for call in (
+        functools.partial(small.advance, dict.fromkeys(range(2), task.interval)),
+        functools.partial(small.evaluate, dict.fromkeys(range(2), "validation")),
+    ):
+        call()  # what is made once, as the texts of a split, is not of its work
+        working += memory.peak(call)
+    return small.lane_bytes + round(HOLES * working / 2)

@@ -62,6 +62,7 @@ class Stack:
         self.layout, self.device, self.width = layout, device, width
         self.row = Part(lanes, layout.width, device)
         self.table = Part(lanes, tokens * width, device)
+        self._used = [0] * lanes  # columns of the tables that may have moments
         self._columns = torch.full((lanes, 0), 0, device=device)
         self._cells = torch.full((lanes, 0), 0, device=device)
 
@@ -70,9 +71,10 @@ class Stack:
         """Of all lanes."""
         return sum(4 * part.weights.nbytes for part in (self.row, self.table))
 
-    def begin(self, lane: int, row: Tensor, table: Tensor, columns: Tensor, cells: Tensor) -> None:
+    def begin(self, lane: int, row: Tensor, columns: Tensor, cells: Tensor) -> None:
         """New weights in a lane. columns, cells: what the probe samples of row and table."""
-        self.restore(lane, [row, table.reshape(-1)])
+        self.row.weights[lane] = row
+        self._forget(lane)
         zero = self.layout.zero
         if columns.numel() > self._columns.shape[1]:
             more = columns.numel() - self._columns.shape[1]
@@ -85,6 +87,13 @@ class Stack:
         self._columns[lane, : columns.numel()] += columns.to(self.device) - zero
         self._cells[lane] = lane * self.table.weights.shape[1] + cells.to(self.device)
 
+    def begin_table(self, lane: int, table: Tensor, place: Tensor) -> None:
+        """A new (tokens, width) table in a lane. place: (tokens,) the row of each token."""
+        tokens = torch.empty_like(place)
+        tokens[place] = torch.arange(len(place))
+        mine = self.table.weights[lane].view_as(table)
+        torch.index_select(table, 0, tokens.to(self.device), out=mine)
+
     def snapshot(self, lane: int) -> Snapshot:
         """A lane's weights, copied."""
         return [self.row.weights[lane].clone(), self.table.weights[lane].clone()]
@@ -95,8 +104,13 @@ class Stack:
             if weights.shape != part.weights[lane].shape:
                 raise BadInput("snapshot: it belongs to another run; restore a run's own")
             part.weights[lane] = weights
-            part.first[lane] = 0.0
-            part.second[lane] = 0.0
+        self._forget(lane)
+
+    def _forget(self, lane: int) -> None:
+        used, self._used[lane] = self._used[lane], 0
+        for part, stop in ((self.row, self.layout.width), (self.table, used)):
+            part.first[lane, :stop] = 0.0
+            part.second[lane, :stop] = 0.0
 
     def hand_over(self, lane: int, old: Knobs, new: Knobs, age: int) -> bool:
         """Change the optimizer -> whether it inherits anything."""
@@ -151,7 +165,11 @@ class Stack:
 
     def step(self, turns: Sequence[Turn]) -> None:
         """One optimizer update of each lane; slopes are used up."""
-        if self.device.type != "cpu":
+        on_cpu = self.device.type == "cpu"
+        for turn in turns:
+            moved = turn.reach * self.width if on_cpu else self.table.weights.shape[1]
+            self._used[turn.lane] = max(self._used[turn.lane], moved)
+        if not on_cpu:
             self._step_together(turns)
             return
         for turn in turns:

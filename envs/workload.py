@@ -107,9 +107,8 @@ class Workload:
         if self.task.adapter == "lora":
             named = self.module(seed).named_parameters()
             return {name: p.detach() for name, p in named if p.requires_grad}
-        with _seeded(seed):
-            head = _new_head(self)
-        return {f"head.{name}": p.detach() for name, p in head.named_parameters()}
+        weight = _head_weight(self, torch.Generator().manual_seed(seed))
+        return {"head.weight": weight, "head.bias": torch.zeros(len(weight))}
 
 
 @contextmanager
@@ -121,10 +120,19 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _new_head(load: Workload) -> nn.Linear:
-    head = nn.Linear(load.width, len(load.classes))
-    nn.init.normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
+    head = nn.utils.skip_init(nn.Linear, load.width, len(load.classes))
+    with torch.no_grad():
+        head.weight.copy_(_head_weight(load, torch.default_generator))
+        head.bias.zero_()
     return head
+
+
+def _head_weight(load: Workload, generator: torch.Generator) -> Tensor:
+    """The draws of ``nn.Linear`` come first, or a seed would not mean the head that it did."""
+    shape = (len(load.classes), load.width)
+    torch.empty(shape).uniform_(generator=generator)
+    torch.empty(shape[0]).uniform_(generator=generator)
+    return torch.empty(shape).normal_(std=0.02, generator=generator)
 
 
 @functools.lru_cache(maxsize=64)

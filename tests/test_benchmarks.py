@@ -14,6 +14,7 @@ sys.path.append(str(BENCHMARKS))  # its scripts are run from their own folder
 import cases  # noqa: E402
 import claims  # noqa: E402
 import harness  # noqa: E402
+import inputs  # noqa: E402
 import page  # noqa: E402
 import record  # noqa: E402
 import roofline  # noqa: E402
@@ -28,7 +29,7 @@ def nothing(*_):
 
 def encoder(width):
     model = workload._encoder(f"tiny-{width}")
-    return workload.MeanPoolClassifier(model, width, roofline.CLASSES)
+    return workload.MeanPoolClassifier(model, torch.nn.Linear(width, inputs.CLASSES))
 
 
 @pytest.mark.parametrize("width", [32, 64])
@@ -95,6 +96,14 @@ def test_every_figure_of_a_case_has_its_claim():
     assert named <= set(claims.CLAIMS)
     skipped = {case.name for case in cases.cases(None) if case.missing}
     assert "dacbench" in skipped
+    assert ("gpu" in skipped) != torch.cuda.is_available()
+
+
+def test_the_best_pack_is_chosen_within_a_round():
+    figure = next(case for case in cases.cases(None) if case.name == "packed").figures
+    seconds = {f"pack-32-{n}": 1.0 + abs(n - 16) for n in cases.PACKS}
+    results = {name: {"seconds": s} for name, s in seconds.items()}
+    assert figure["packed_trainer_32"](results | {"trainer-32": {"seconds": 7.0}}) == 7.0
 
 
 def step(engine, runs, seconds, width=32, tokens=16):
@@ -133,3 +142,9 @@ def test_page_shows_figures_misses_and_plots(tmp_path):
     page.page({"packed": case}, tmp_path)
     assert (tmp_path / "performance" / "pack-size.svg").read_bytes() == again
     assert page.fastest({"packed": case}, 32, "Pack") == 1e-3
+
+
+def test_page_says_how_far_memory_is_from_the_prediction(tmp_path):
+    side = {"runs": 4, "megabytes": {"median": 33.0}, "predicted": {"median": 30.0}}
+    text = page.memory({"memory": {"sides": {"memory-4": side}}})
+    assert "| 4 | 33.0 | 30.0 | +10.0 % |" in text
