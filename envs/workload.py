@@ -120,7 +120,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _new_head(load: Workload) -> nn.Linear:
-    head = nn.utils.skip_init(nn.Linear, load.width, len(load.classes))
+    head: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, load.width, len(load.classes)
+    )
     with torch.no_grad():
         head.weight.copy_(_head_weight(load, torch.default_generator))
         head.bias.zero_()
