@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,20 +297,29 @@ def test_other_families_of_models(tiny_task, tmp_path, kind):
     assert distance(job, pack.named(0)) <= 1e-5
 
 
-def test_cells_in_a_pack_have_the_outcomes_of_cells_one_by_one(tiny_task, tmp_path):
-    """Schedules and searches, with a pruner, of two tasks and two seeds; seconds apart."""
+def test_cells_in_a_pack_have_the_outcomes_of_cells_one_by_one(tmp_path, monkeypatch):
+    """Schedules and searches, with a pruner, of two tasks and two seeds; seconds apart.
+
+    Names without a folder: rates and samplers are seeded by the task, its paths included.
+    """
+    monkeypatch.chdir(tmp_path)
+    base = tiny.task(tiny.write_data(Path("words.csv")), tiny.write_model(Path("bert")))
     methods = [Keep(), CosineWarmup(), Search("random"), Search("tpe", "hyperband")]
-    tasks = [tiny_task(), tiny_task(classes=("tool", "city"))]
+    tasks = [base, replace(base, classes=("tool", "city"))]
     options = {"runs": 2.5, "decades": 0.5}
     alone = compare(methods, tasks, (0, 1), tmp_path / "alone", **options)
     packed = compare(methods, tasks, (0, 1), tmp_path / "packed", pack=4, **options)
     assert [outcome.get("packed") for outcome in packed] == [4] * len(packed)
+    smooth = 0
     for one, other in zip(alone, packed, strict=True):
         assert [t["knobs"] for t in one["trials"]] == [t["knobs"] for t in other["trials"]]
         assert [t["state"] for t in one["trials"]] == [t["state"] for t in other["trials"]]
         assert one["spent"] == other["spent"]
         for mine, theirs in zip(one["trials"], other["trials"], strict=True):
-            if mine["test_loss"] < 1.5:  # a run at too high a rate magnifies rounding
-                assert mine["test"] == pytest.approx(theirs["test"], abs=0.05)
-                assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=0.01)
+            losses = [point["train_loss"] for point in theirs["curve"]]
+            if max(losses) < 1.5 * losses[0]:  # a run whose loss shoots up magnifies rounding
+                assert mine["test"] == theirs["test"]
+                assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
+                smooth += 1
             assert len(mine["curve"]) == len(theirs["curve"])
+    assert smooth > 20
