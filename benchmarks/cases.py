@@ -175,7 +175,7 @@ def memory() -> Case:
                 abs(side["megabytes"] / side["predicted"] - 1) for side in results.values()
             )
         },
-        rounds=3,
+        rounds=2,
     )
 
 
