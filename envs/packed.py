@@ -139,11 +139,11 @@ class Pack:
             place = torch.from_numpy(ranks)
             self._stack.begin_table(lane, self._model.table, place)
             cells = place[cells // width] * width + cells % width
-        row = self._pretrained.clone()
+        self._stack.begin(lane, self._pretrained[0], columns, cells)
+        row = self._stack.row.weights[lane : lane + 1]
         for name, drawn in load.drawn(head).items():
             view = self._layout.view(row, name)[0]
             view[tuple(slice(size) for size in drawn.shape)] = drawn.to(self._device)
-        self._stack.begin(lane, row[0], columns, cells)
         self._classes[lane] = LOWEST
         self._classes[lane, : len(load.classes)] = 0.0
         self._runs[lane] = _Run(task, load, knobs, knobs.rate, order, place, reach)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,10 +90,10 @@ class Stack:
 
     def begin_table(self, lane: int, table: Tensor, place: Tensor) -> None:
         """A new (tokens, width) table in a lane. place: (tokens,) the row of each token."""
-        tokens = torch.empty_like(place)
-        tokens[place] = torch.arange(len(place))
+        tokens = np.empty(len(place), dtype=np.int64)
+        tokens[place.numpy()] = np.arange(len(place))
         mine = self.table.weights[lane].view_as(table)
-        torch.index_select(table, 0, tokens.to(self.device), out=mine)
+        torch.index_select(table, 0, torch.from_numpy(tokens).to(self.device), out=mine)
 
     def snapshot(self, lane: int) -> Snapshot:
         """A lane's weights, copied."""
