@@ -120,7 +120,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _new_head(load: Workload) -> nn.Linear:
-    head = nn.utils.skip_init(nn.Linear, load.width, len(load.classes))
+    head = nn.utils.skip_init(nn.Linear, load.width, len(load.classes))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         head.weight.copy_(_head_weight(load, torch.default_generator))
         head.bias.zero_()

@@ -308,7 +308,7 @@ def test_cells_in_a_pack_have_the_outcomes_of_cells_one_by_one(tiny_task, tmp_pa
         assert [t["state"] for t in one["trials"]] == [t["state"] for t in other["trials"]]
         assert one["spent"] == other["spent"]
         for mine, theirs in zip(one["trials"], other["trials"], strict=True):
-            if mine["test_loss"] < 1.5:  # a run at too high a rate magnifies rounding
+            if mine["test_loss"] < 1.0:  # a run at too high a rate magnifies rounding
                 assert mine["test"] == pytest.approx(theirs["test"], abs=0.05)
                 assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=0.01)
             assert len(mine["curve"]) == len(theirs["curve"])
