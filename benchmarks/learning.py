@@ -9,7 +9,7 @@ from typing import Any
 from inputs import full_rows
 
 from envs.packed import Pack
-from tuner.curriculum import TrainConfig, iteration_seed, opened
+from tuner.curriculum import TrainConfig, iteration_seed, opened, plan_of
 from tuner.train import make_agent, survey
 
 VERBS = ("__init__", "open", "close", "advance", "apply", "evaluate", "snapshot", "restore")
@@ -52,7 +52,7 @@ def outside(
     )  # fmt: skip
     clock, whole, decisions = Clock(), 0.0, 0
     clock.around(Pack, VERBS)
-    with opened(config) as curriculum:
+    with opened(config, plan_of(config)) as curriculum:
         recorder = curriculum.envs("tasks")
         agent = make_agent(config, recorder, survey(recorder, config.seed))
         for number in range(iterations + 1):

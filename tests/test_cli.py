@@ -172,7 +172,7 @@ def test_a_signal_saves_and_the_command_resumes(tiny_task, tmp_path, number, cod
     job = {"dataset": task.dataset, "model": task.model, "rows": 200, "batch": 8,
            "max_length": 12, "validation_rows": 48}  # fmt: skip
     file.write_text(json.dumps({"agent": "sarsa", "tasks": [job], "iterations": 1000, "envs": 2,
-                                "episodes": 1, "steps": 8, "interval": 2}))  # fmt: skip
+                                "episodes": 1, "steps": 8, "interval": 2, "pack": 2}))  # fmt: skip
     words = [sys.executable, "-m", "tuner.cli", "train", "--config", file, "--out", tmp_path / "o"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)

@@ -94,6 +94,14 @@ def test_another_configuration_is_refused_and_more_of_the_same_is_not(config, tm
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 2
 
 
+def test_rows_that_a_kill_cut_off_come_back_from_the_checkpoint(config, tmp_path):
+    train(config(agent="sarsa", iterations=2), tmp_path)
+    whole = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(whole.splitlines()[0] + "\n")
+    train(config(agent="sarsa", iterations=2), tmp_path)
+    assert (tmp_path / "train.jsonl").read_text() == whole
+
+
 def test_a_damaged_checkpoint_is_refused(config, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 not one")
     with pytest.raises(BadInput, match="not a checkpoint"):

@@ -56,6 +56,8 @@ def train(
             normaliser = Normaliser(saved["mean"].numpy(), saved["deviation"].numpy())
             real.low, real.high = saved["low"].numpy(), saved["high"].numpy()
         rows: list[dict[str, Any]] = [] if saved is None else json.loads(saved["rows"])
+        if saved is not None:
+            _write_rows(out, rows)  # it may have been killed between the checkpoint and these
         learned = None if saved is None else saved["agent"]
         agent, stage = None, None
         while agent is None or done(config, rows) < 1:
@@ -209,6 +211,10 @@ def _save_checkpoint(
         stream,
     )
     write_atomic(out / "checkpoint.pt", stream.getvalue())
+    _write_rows(out, rows)
+
+
+def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomic(out / "train.jsonl", lines.encode())
 
