@@ -10,6 +10,7 @@ WIDTHS = (32, 64, 128)
 PACKS = (1, 4, 8, 16, 32, 64)
 MEMORY = (1, 4, 16, 64, 256)
 LORA = 8  # runs in a pack of adapters
+MEAN = {"pooling": "mean"}  # all tokens are read, so that the last layer computes all of them
 BRIEFLY = 4.0  # seconds of the measurements that only a plot needs
 GPU = (
     "There is no GPU that PyTorch can use; on a machine with one: "
@@ -64,9 +65,18 @@ def packed() -> Case:
                 for w in WIDTHS
                 for n in PACKS
             ),
+            Side("trainer-32-mean", "step:trainer", MEAN),
+            Side("torchjob-32-mean", "step:torchjob", MEAN),
+            *(Side(f"pack-32-{n}-mean", "packs:update", {"runs": n, **MEAN}) for n in PACKS[1:4]),
         ],
         {"packed_trainer_32": faster(_packs(32), "trainer-32")}
-        | {f"packed_torchjob_{w}": faster(_packs(w), f"torchjob-{w}") for w in WIDTHS},
+        | {f"packed_torchjob_{w}": faster(_packs(w), f"torchjob-{w}") for w in WIDTHS}
+        | {
+            f"packed_{other}_32_mean": faster(
+                [f"pack-32-{n}-mean" for n in PACKS[1:4]], f"{other}-32-mean"
+            )
+            for other in ("trainer", "torchjob")
+        },
         rounds=3,
     )
 
@@ -107,19 +117,30 @@ def lengths() -> Case:
 
 def lora() -> Case:
     """A pack of MiniLM-L6 adapters beside one run at a time."""
-    ways = {"eager": {}, "compiled": {"compiled": True}, "bfloat16": {"bfloat16": True},
-            "compiled-bfloat16": {"compiled": True, "bfloat16": True}}  # fmt: skip
+    fast = {"compiled": True}
+    ways = {"eager": {}, "compiled": fast, "compiled-by-2": {**fast, "together": 2},
+            "compiled-by-4": {**fast, "together": 4}, "compiled-mean": {**fast, **MEAN},
+            "compiled-by-2-mean": {**fast, "together": 2, **MEAN},
+            "bfloat16": {"bfloat16": True},
+            "compiled-bfloat16": {**fast, "bfloat16": True}}  # fmt: skip
     return Case(
         "lora",
         [
             Side("torchjob-lora", "step:torchjob_minilm", {"adapter": "lora"}),
+            Side("torchjob-lora-mean", "step:torchjob_minilm", {"adapter": "lora", **MEAN}),
             *(
                 Side(f"lora-{name}", "packs:lora", {"runs": LORA, **told})
                 for name, told in ways.items()
             ),
         ],
         {
-            "lora_pack_8": faster(["lora-eager", "lora-compiled"], "torchjob-lora"),
+            "lora_pack_8": faster(
+                ["lora-eager", *(f"lora-compiled{by}" for by in ("", "-by-2", "-by-4"))],
+                "torchjob-lora",
+            ),
+            "lora_pack_8_mean": faster(
+                ["lora-compiled-mean", "lora-compiled-by-2-mean"], "torchjob-lora-mean"
+            ),
             "lora_pack_8_bfloat16": faster(
                 ["lora-bfloat16", "lora-compiled-bfloat16"], "torchjob-lora"
             ),
@@ -140,9 +161,19 @@ def trunk() -> Case:
         [
             Side("torchjob-last-layer", "step:decision"),
             *(Side(name, "packs:trunk", told) for name, told in ways.items()),
+            Side("torchjob-last-layer-mean", "step:decision", MEAN),
+            *(
+                Side(f"{name}-mean", "packs:trunk", {**told, **MEAN})
+                for name, told in ways.items()
+                if told["compiled"]
+            ),
         ],
         {
             "trunk_cache": faster(list(ways), "torchjob-last-layer"),
+            "trunk_cache_mean": faster(
+                [f"{name}-mean" for name in ways if ways[name]["compiled"]],
+                "torchjob-last-layer-mean",
+            ),
             "trunk_cache_decision": faster(list(ways), "torchjob-last-layer", "decision"),
         },
         rounds=3,

@@ -45,7 +45,7 @@ def outside(
 
     One iteration warms up and is not counted; nor is the survey, which learns nothing.
     """
-    task = asdict(full_rows(width, steps=50, interval=5))
+    task = asdict(full_rows(width, steps=50, interval=5, pooling="mean"))
     config = TrainConfig(
         tasks=(task,), envs=envs, workers=0, surrogate=0.0, budget="", iterations=iterations + 1,
         compile=compiled,

@@ -11,7 +11,7 @@ from step import clock, told
 from envs import workload
 from envs.knobs import Knobs
 from envs.packed import Pack
-from envs.task import Task
+from envs.task import Pooling, Task
 from envs.trunk import trunk_of
 
 UPDATES = 100  # of a run, the first interval warms up; the words in use grow up to the 62nd
@@ -20,10 +20,10 @@ LIMIT = 20.0  # seconds after which no further interval is measured, but there a
 
 def update(
     width: int = 32, runs: int = 8, compiled: bool = True, tokens: int = 16,
-    limit: float = LIMIT, device: str = "cpu", seed: int = 0,
+    limit: float = LIMIT, device: str = "cpu", seed: int = 0, pooling: Pooling = "first",
 ) -> dict[str, Any]:  # fmt: skip
     """An update of one run of the shipped encoder of that width."""
-    task = full_rows(width, tokens=tokens)
+    task = full_rows(width, tokens=tokens, pooling=pooling)
     pack = opened(task, runs, seed, compiled=compiled, device=device)
     seconds = timed(advance(pack), UPDATES // task.interval - 1, limit, device)
     name = engine(compiled=compiled)
@@ -32,23 +32,27 @@ def update(
 
 def lora(
     runs: int = 8, compiled: bool = False, bfloat16: bool = False, device: str = "cpu",
-    seed: int = 0,
+    seed: int = 0, pooling: Pooling = "first", together: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """An update of one adapter of MiniLM-L6."""
-    task = minilm(adapter="lora")
-    pack = opened(task, runs, seed, compiled=compiled, bfloat16=bfloat16, device=device)
+    """An update of one adapter of MiniLM-L6. together: runs computed at a time, by default all."""
+    task = minilm(adapter="lora", pooling=pooling)
+    how: dict[str, Any] = {"compiled": compiled, "bfloat16": bfloat16, "device": device}
+    pack = opened(task, runs, seed, together=together or runs, **how)
     seconds = timed(advance(pack), 2, LIMIT, device) / (task.interval * runs)
     name = engine(compiled=compiled, bfloat16=bfloat16)
     return told(name, task, seconds, width=384, runs=runs)
 
 
-def trunk(runs: int = 1, compiled: bool = False, layers: int = 1, seed: int = 0) -> dict[str, Any]:
+def trunk(
+    runs: int = 1, compiled: bool = False, layers: int = 1, seed: int = 0,
+    pooling: Pooling = "first",
+) -> dict[str, Any]:  # fmt: skip
     """An update and a decision of one run of MiniLM-L6 whose lower layers are frozen.
 
     A decision is an interval of updates and the two scores that an environment asks for. What the
     frozen layers make of the texts is computed before, once for all runs: ``prepared`` seconds.
     """
-    task = minilm(trainable_layers=layers)
+    task = minilm(trainable_layers=layers, pooling=pooling)
     pack = opened(task, runs, seed, compiled=compiled)
     prepared = timed(lambda: prepare(task), 1, LIMIT, warm=False)
     act = advance(pack)
@@ -89,8 +93,8 @@ def prepare(task: Task) -> None:
 
 
 def opened(task: Task, runs: int, seed: int, **how: Any) -> Pack:
-    """A full pack, all of it computed together."""
-    pack = Pack(task, runs, CLASSES, together=runs, **how)
+    """A full pack, by default all of it computed together."""
+    pack = Pack(task, runs, CLASSES, **{"together": runs, **how})
     opening(pack, task, seed)()
     return pack
 

@@ -61,9 +61,9 @@ def page(results: Mapping[str, Any], docs: Path) -> str:
     for plot in draw(results, docs / "performance"):
         picture = f"![{plot.title}](performance/{plot.name}.svg)"
         parts.append(f"{plot.title}: {plot.missing}." if plot.missing else picture)
-    parts += ["Bars are quartiles. Width 32 and 16 rows of 16 tokens where not varied; of several "
-              "pack sizes the fastest is drawn.", costs(results), ROOFLINE, roofline(results),
-              trunk(results), memory(results), dacbench(results), ELSEWHERE]  # fmt: skip
+    parts += ["Bars are quartiles. The head reads the first token; width 32 and 16 rows of 16 "
+              "tokens where not varied; of several pack sizes the fastest is drawn.",
+              costs(results), ROOFLINE, roofline(results), trunk(results), memory(results), dacbench(results), ELSEWHERE]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
@@ -134,8 +134,8 @@ def costs(results: Mapping[str, Any]) -> str:
             trained = f"head and {layers} layer" if layers is not None else trained
             time = f"{ms(side['seconds']['median'])} ({ms(low)} to {ms(high)})"
             rows.append((side["engine"], str(side["runs"]), side["model"], trained,
-                         f"{side['batch']} x {side['tokens']}", time))  # fmt: skip
-    head = ("engine", "runs", "model", "trained", "rows x tokens", "ms a run-step")
+                         f"{side['batch']} x {side['tokens']}", side["pooling"], time))  # fmt: skip
+    head = ("engine", "runs", "model", "trained", "rows x tokens", "head reads", "ms a run-step")
     return table(head, rows) if rows else "Steps: not measured."
 
 
@@ -188,6 +188,7 @@ def fastest(results: Mapping[str, Any], width: int, engine: str) -> float | None
         for side in case["sides"].values()
         if side.get("engine") == engine and side.get("model") == f"tiny-{width}"
         and (side["batch"], side["tokens"]) == (16, 16) and side["adapter"] == "full"
+        and side["pooling"] == "first"
     ]  # fmt: skip
     return min(found, default=None)
 
@@ -221,12 +222,12 @@ def trunk(results: Mapping[str, Any]) -> str:
         return "Frozen trunk: not measured."
     sides = results["trunk"]["sides"]
     rows = [
-        (side["engine"], str(side["runs"]), ms(_value(side["seconds"])),
+        (side["engine"], str(side["runs"]), side["pooling"], ms(_value(side["seconds"])),
          ms(_value(side["decision"])),
          f"{_value(side['prepared']):.1f}" if "prepared" in side else "")
         for side in sides.values()
     ]  # fmt: skip
-    head = ("engine", "runs", "ms an update of a run", "ms a decision of a run",
+    head = ("engine", "runs", "head reads", "ms an update of a run", "ms a decision of a run",
             "s once for all runs")  # fmt: skip
     return f"{TRUNK}\n{table(head, rows)}"
 

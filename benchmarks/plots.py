@@ -52,6 +52,8 @@ def points(results: Mapping[str, Any]) -> list[Point]:
                 continue
             if side["batch"] != BASE["batch"] or side["trainable_layers"] is not None:
                 continue
+            if side["pooling"] != "first":
+                continue
             place = (side["engine"], side["runs"], side["width"], side["tokens"])
             low, high = seconds["quartiles"]
             found[place] = Point(*place, *(1e3 * x for x in (seconds["median"], low, high)))

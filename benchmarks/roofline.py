@@ -28,11 +28,16 @@ SECONDS = 0.3  # of each measurement
 
 
 def arithmetic(width: int, batch: int, tokens: int) -> float:
-    """Floating-point operations of one update of one run: forward once, backward twice that."""
+    """Floating-point operations of one update of one run: forward once, backward twice that.
+
+    The last layer makes keys and values of all tokens, and all else of the first alone, whose
+    attention is of sums.
+    """
     dense = 2 * width * width * (4 + 2 * SPREAD)  # of a token in a layer
     attention = 2 * 2 * tokens * width
-    rows = batch * (tokens * LAYERS * (dense + attention) + 2 * width * CLASSES)
-    return 3.0 * rows
+    known = 2 * width * width * 2  # keys and values of a token
+    layers = (LAYERS - 1) * tokens * (dense + attention) + dense + (tokens - 1) * known
+    return 3.0 * batch * (layers + 2 * width * CLASSES)
 
 
 def weights(width: int, vocabulary: int, places: int = 128) -> int:
@@ -44,7 +49,8 @@ def weights(width: int, vocabulary: int, places: int = 128) -> int:
 
 def traffic(width: int, batch: int, tokens: int, words: int) -> float:
     """Bytes of one update of one run whose batches use ``words`` rows of the table."""
-    states = batch * tokens * width * LAYERS * STATE_UNITS * 2 * 2  # out and back; gradients too
+    units = ((LAYERS - 1) * tokens + 1) * STATE_UNITS + (tokens - 1) * 2  # the last: keys, values
+    states = batch * width * units * 2 * 2  # out and back; gradients too
     return float(FLOAT * (weights(width, words) * WEIGHT_TRIPS + states))
 
 

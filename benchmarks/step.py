@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from envs import workload
 from envs.job import TorchJob
 from envs.knobs import Knobs
-from envs.task import Task
+from envs.task import Pooling, Task
 from envs.workload import Tokens
 
 
@@ -35,8 +35,9 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
 
 def trainer(
-    width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0, device: str = "cpu"
-) -> dict[str, Any]:
+    width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0, device: str = "cpu",
+    pooling: Pooling = "first",
+) -> dict[str, Any]:  # fmt: skip
     """The transformers Trainer with its defaults; nothing logged, evaluated or saved."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -47,7 +48,7 @@ def trainer(
             if state.global_step in (warmup, warmup + steps):
                 stamps.append(now())
 
-    task = full_rows(width, tokens=tokens)
+    task = full_rows(width, tokens=tokens, pooling=pooling)
     data = workload.load(task)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -63,24 +64,26 @@ def trainer(
     return told("Trainer", task, (stamps[2] - stamps[1]) / steps, width=width)
 
 
-def torchjob(width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0) -> dict[str, Any]:
+def torchjob(
+    width: int = 32, tokens: int = 16, steps: int = 400, seed: int = 0, pooling: Pooling = "first"
+) -> dict[str, Any]:
     """The native loop of one run, fused AdamW."""
-    task = full_rows(width, tokens=tokens)
+    task = full_rows(width, tokens=tokens, pooling=pooling)
     return told("TorchJob", task, advance(task, steps, 20, seed), width=width)
 
 
 def torchjob_minilm(
     adapter: str = "full", layers: int | None = None, steps: int = 12, seed: int = 0,
-    device: str = "cpu",
+    device: str = "cpu", pooling: Pooling = "first",
 ) -> dict[str, Any]:  # fmt: skip
     """The native loop of one MiniLM-L6 run: all of it, an adapter, or the uppermost layers."""
-    task = minilm(adapter=adapter, trainable_layers=layers)
+    task = minilm(adapter=adapter, trainable_layers=layers, pooling=pooling)
     return told("TorchJob", task, advance(task, steps, 2, seed, device), width=384)
 
 
-def decision(layers: int = 1, seed: int = 0) -> dict[str, Any]:
+def decision(layers: int = 1, seed: int = 0, pooling: Pooling = "first") -> dict[str, Any]:
     """The same with lower layers frozen, and a decision: an interval and two scores."""
-    task = minilm(trainable_layers=layers)
+    task = minilm(trainable_layers=layers, pooling=pooling)
     job, now = TorchJob(task, seed, Knobs(rate=1e-3)), clock("cpu")
     job.advance(2)
     job.evaluate("validation")
@@ -121,5 +124,6 @@ def told(engine: str, task: Task, seconds: float, *, width: int, runs: int = 1) 
     return {
         "seconds": seconds, "engine": engine, "runs": runs, "width": width, "batch": task.batch,
         "tokens": task.max_length, "model": task.model, "adapter": task.adapter,
-        "trainable_layers": task.trainable_layers, "threads": torch.get_num_threads(),
+        "trainable_layers": task.trainable_layers, "pooling": task.pooling,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip

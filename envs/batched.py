@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from envs import memory, trunk, workload
+from envs import first, memory, trunk, workload
 from envs.errors import RunFailed
 from envs.task import Task
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class BatchedModel:
-    """The function of one family of tasks: same encoder, adapter and trainable layers.
+    """The function of one family of tasks: same encoder, adapter, trainable layers and pooling.
 
     Weights that are not trained are the module's own, shared by all runs; their matrix products
     run once over all of them.
@@ -70,6 +70,8 @@ class BatchedModel:
         self.trains_table: bool = table.requires_grad
         if how.trunk:
             trunk.shorten(base, task.trainable_layers or 0)
+        if how.first:
+            first.shorten(base)
         self._gradients = vmap(
             grad_and_value(self._loss, argnums=(0, 1) if self.trains_table else 0),
             randomness="different",
@@ -133,7 +135,7 @@ class BatchedModel:
         inputs = {"inputs_embeds": states, "attention_mask": additive}
         with torch.autocast(self._device, torch.bfloat16, enabled=self._bfloat16):
             hidden = functional_call(self.encoder, own, kwargs=inputs)[0].float()
-        pooled = workload.mean_pool(hidden, mask)
+        pooled = workload.pool(hidden, mask, self.module.pooling)
         return functional.linear(pooled, weights["head.weight"], weights["head.bias"]) + classes
 
     def _loss(
@@ -154,6 +156,7 @@ class Fit(NamedTuple):
 
     causal: bool = False  # a token sees only those before it
     trunk: bool = False  # frozen layers are left out, their results are kept
+    first: bool = False  # the last layer computes the token that the head reads, and no other
     reason: str = ""
 
 
@@ -162,10 +165,12 @@ _FITS: dict[tuple[Any, ...], Fit] = {}
 
 def fit(task: Task) -> Fit:
     """Try batched models on a few rows beside the plain one; the answer is kept."""
-    key = (task.model, task.adapter, task.trainable_layers)
+    key = (task.model, task.adapter, task.trainable_layers, task.pooling)
     if key not in _FITS:
+        reads = task.pooling == "first"
         freezes = task.trainable_layers is not None and trunk.size(task) <= trunk.LARGEST
-        ways = [Fit(causal, kept) for kept in ([True, False] if freezes else [False])
+        ways = [Fit(causal, kept, alone) for kept in ([True, False] if freezes else [False])
+                for alone in ([True, False] if reads else [False])
                 for causal in (False, True)]  # fmt: skip
         problems = [_problem(replace(task, dropout=0.0), way) for way in ways]
         good = [way for way, problem in zip(ways, problems, strict=True) if not problem]
@@ -223,10 +228,18 @@ def can_compile(device: str) -> bool:
 
 
 def _compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Compiled anew for every shape; torch keeps the code on disk. On a GPU as a CUDA graph."""
+    """Compiled anew for every shape; torch keeps the code on disk. On a GPU as a CUDA graph.
+
+    Of what torch checks before each call the shapes are left: the module belongs to this model,
+    which never changes it. A wrapper in C++ spares the dispatch of each kernel from Python.
+    """
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, SHAPES)
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    return torch.compile(function, dynamic=False, mode=mode)
+    if device.type == "cuda":
+        return torch.compile(function, dynamic=False, mode="reduce-overhead")
+    options: dict[str, Any] = {
+        "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe, "cpp_wrapper": True,
+    }  # fmt: skip
+    return torch.compile(function, dynamic=False, options=options)

@@ -96,12 +96,13 @@ def first_use(
     flat = ids.reshape(-1)
     first = np.full(vocabulary, flat.size, dtype=np.int64)
     first[flat[::-1]] = np.arange(flat.size - 1, -1, -1)  # the earliest is written last
-    is_used = first < flat.size
-    used, never = np.flatnonzero(is_used), np.flatnonzero(~is_used)
-    ranks = np.empty(vocabulary, dtype=np.int64)
-    ranks[used[np.argsort(first[used])]] = np.arange(len(used))
-    ranks[never] = np.arange(len(used), vocabulary)
-    return ranks, np.bincount(first[used] // size, minlength=steps).cumsum()
+    opens = np.zeros(flat.size + 1, dtype=bool)  # the last is of the tokens never used
+    opens[first] = True
+    places = np.flatnonzero(opens[:-1])
+    ranks = np.full(vocabulary, -1, dtype=np.int64)
+    ranks[flat[places]] = np.arange(len(places))
+    ranks[ranks < 0] = np.arange(len(places), vocabulary)
+    return ranks, np.searchsorted(places, np.arange(1, steps + 1) * size)
 
 
 def on_device(

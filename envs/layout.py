@@ -49,10 +49,10 @@ class Layout:
         place = self.places[name]
         return rows[:, place.start : place.stop].view(-1, *place.shape)
 
-    def flat(self, named: dict[str, Tensor], rows: int) -> Tensor:
-        """Weights by name, (runs, *shape) each -> (runs, width) in a new tensor."""
+    def flat(self, named: dict[str, Tensor], rows: int, out: Tensor | None = None) -> Tensor:
+        """Weights by name, (runs, *shape) each -> (runs, width), in a new tensor or in ``out``."""
         parts = [named[name].reshape(rows, -1) for name in self.places]
-        return torch.cat([*parts, parts[0].new_zeros(rows, 1)], 1)
+        return torch.cat([*parts, parts[0].new_zeros(rows, 1)], 1, out=out)
 
     def sample(self, classes: int) -> tuple[Indices, Indices]:
         """Columns that the probe looks at in a row, and flat positions in the token table.

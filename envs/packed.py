@@ -26,7 +26,8 @@ from envs.trunk import trunk_of
 
 CHUNK = 64  # rows of a split that are judged together
 BUFFERS = 4 << 20  # bytes that libraries take when they are first used
-HOLES = 1.12  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
+HOLES = 1.15  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
+KEPT, MOST_KEPT = 0.4, 42 << 20  # of a pack's bytes, freed ones that the heap keeps; measured
 EDGE = 8  # lengths are multiples of it, so that many tasks are of one family
 
 
@@ -38,6 +39,7 @@ class Family(NamedTuple):
     trainable_layers: int | None
     batch: int
     dropout: float
+    pooling: str
     interval: int  # so that no lane waits for another
     length: int  # of every batch, so that a run's numbers do not depend on its neighbours
 
@@ -48,8 +50,8 @@ def family(task: Task) -> Family:
     longest = max(int(rows.lengths.max()) for rows in workload.load(task).rows.values())
     length = min(-(-longest // EDGE) * EDGE, task.max_length)
     return Family(
-        task.model, task.adapter, task.trainable_layers, task.batch, task.dropout, task.interval,
-        length,
+        task.model, task.adapter, task.trainable_layers, task.batch, task.dropout, task.pooling,
+        task.interval, length,
     )  # fmt: skip
 
 
@@ -98,8 +100,9 @@ class Pack:
                 view[0] = named[name].detach()
         tokens = self._model.table.shape[0] if self._layout.table else 0
         self._stack = Stack(self._layout, tokens, self._model.width, lanes, self._device)
+        self._views = self._layout.views(self._stack.row.weights)
         self._runs: list[_Run | None] = [None] * lanes
-        self._samples: dict[int, tuple[Tensor, Tensor]] = {}
+        self._samples: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._random = RandomState(0, self._device)
 
     @property
@@ -131,14 +134,14 @@ class Pack:
             )
         order_seed, head, _ = spread(seed, 3)
         order = Order(len(load.rows["train"]), task.batch, order_seed, task.steps)
-        columns, cells = self._sample(len(load.classes))
+        columns, tokens, cells = self._sample(len(load.classes))
         place, reach = None, np.zeros(0, dtype=np.int64)
         if self._layout.table:
             vocabulary, width = self._model.table.shape
             ranks, reach = order.first_use(load.rows["train"].ids, vocabulary)
             place = torch.from_numpy(ranks)
             self._stack.begin_table(lane, self._model.table, place)
-            cells = place[cells // width] * width + cells % width
+            cells = place[tokens].mul_(width).add_(cells)
         self._stack.begin(lane, self._pretrained[0], columns, cells)
         row = self._stack.row.weights[lane : lane + 1]
         for name, drawn in load.drawn(head).items():
@@ -188,7 +191,8 @@ class Pack:
         losses = torch.empty(longest, len(lanes), device=self._device)
         with self._random.lent():
             for number in range(longest):
-                left = {lane: steps - number for lane, steps in wanted.items() if steps > number}
+                left = {lane: wanted[lane] - number for lane in sorted(wanted)
+                        if wanted[lane] > number}  # fmt: skip
                 losses[number] = self._update(lanes, self._batch(lanes, fed, number), left, look)
         table = torch.cat([losses.T, self._stack.finite()[lanes, None], look.figures(lanes)], 1)
         rows = dict(zip(lanes, table.tolist(), strict=True))
@@ -249,11 +253,15 @@ class Pack:
         assert run is not None, "the lane is free"
         return run
 
-    def _sample(self, classes: int) -> tuple[Tensor, Tensor]:
-        """`Layout.sample`, made once for each number of classes."""
+    def _sample(self, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`Layout.sample`, made once for each number of classes.
+
+        Columns of the row, then rows of the token table and the places in those.
+        """
         if classes not in self._samples:
-            columns, cells = self._layout.sample(classes)
-            self._samples[classes] = torch.from_numpy(columns), torch.from_numpy(cells)
+            columns, cells = (torch.from_numpy(x) for x in self._layout.sample(classes))
+            width = self._model.width
+            self._samples[classes] = columns, cells // width, cells % width
         return self._samples[classes]
 
     def _computed(self, wanted: Mapping[int, object]) -> list[int]:
@@ -261,8 +269,9 @@ class Pack:
         return list(range(self.lanes)) if self.compiled else sorted(wanted)
 
     def _weights(self, lanes: list[int]) -> dict[str, Tensor]:
-        rows = self._stack.row.weights
-        return self._layout.views(rows if len(lanes) == self.lanes else rows[lanes])
+        if len(lanes) == self.lanes:
+            return self._views
+        return self._layout.views(self._stack.row.weights[lanes])
 
     def _feed(self, lanes: list[int], picks: Mapping[int, tuple[Split, Tensor]]) -> Feed:
         found = {lane: (self._rows(lane, split), index) for lane, (split, index) in picks.items()}
@@ -297,7 +306,10 @@ class Pack:
         """One update of the lanes in ``left`` (lane -> updates left) -> losses of all lanes."""
         stack, (inputs, cells) = self._stack, batch
         by_name, states, losses = self._model.gradients(self._weights(lanes), inputs)
-        stack.row.slope[lanes] = self._layout.flat(by_name, len(lanes))
+        if len(lanes) == self.lanes:
+            self._layout.flat(by_name, len(lanes), stack.row.slope)
+        else:
+            stack.row.slope[lanes] = self._layout.flat(by_name, len(lanes))
         if states is not None:
             slope = stack.table.slope.view(-1, self._model.width)
             slope.index_add_(0, cells, states.reshape(-1, self._model.width))
@@ -371,8 +383,13 @@ class _Look:
 
 
 def predict(task: Task, lanes: int, classes: int = 8) -> int:
-    """Bytes that a pack will take at its peak, all lanes computed together: linear in the lanes."""
-    return lanes * _lane_peak(task, classes) + BUFFERS
+    """Bytes that a pack will take at its peak, all lanes computed together.
+
+    Linear in the lanes, but that the C library's heap keeps what small packs have freed: it gives
+    back what lies above its trim threshold (64 MB), and from about ten lanes on that is full.
+    """
+    work = lanes * _lane_peak(task, classes)
+    return work + min(round(KEPT * work), MOST_KEPT) + BUFFERS
 
 
 @functools.lru_cache(maxsize=64)

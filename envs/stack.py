@@ -32,6 +32,8 @@ class Part:
         self.weights, self.first, self.second, self.slope = torch.zeros(
             4, lanes, columns, device=device
         )
+        self.whole = (self.weights, self.slope, self.first, self.second)
+        self.lanes = list(zip(*(part.split(1) for part in self.whole), strict=True))
 
 
 class Segment(NamedTuple):
@@ -42,11 +44,16 @@ class Segment(NamedTuple):
     stop: int
     decay: float
 
-    def of(self, lanes: slice | Tensor) -> list[Tensor]:
-        """Weights, slopes and moments of some lanes; views if the lanes are a slice."""
-        part = self.part
-        return [x[lanes, self.start : self.stop]
-                for x in (part.weights, part.slope, part.first, part.second)]  # fmt: skip
+    def of(self, lanes: Tensor) -> list[Tensor]:
+        """Weights, slopes and moments of some lanes, (lanes, columns) each, copied."""
+        return [x[lanes, self.start : self.stop] for x in self.part.whole]
+
+    def at(self, lane: int) -> list[Tensor]:
+        """The same of one lane, (1, columns) each; views."""
+        size, mine = self.stop - self.start, self.part.lanes[lane]
+        if size == mine[0].shape[1]:
+            return list(mine)
+        return [x.narrow(1, self.start, size) for x in mine]
 
 
 class Stack:
@@ -66,6 +73,7 @@ class Stack:
         self._used = [0] * lanes  # columns of the tables that may have moments
         self._columns = torch.full((lanes, 0), 0, device=device)
         self._cells = torch.full((lanes, 0), 0, device=device)
+        self._sampled: list[Tensor | None] = [None] * lanes  # what `_columns` was made of
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +92,12 @@ class Stack:
             self._columns = torch.cat([self._columns, padding], 1)
         if cells.numel() != self._cells.shape[1]:
             self._cells = self._cells.new_zeros(len(self._cells), cells.numel())
-        self._columns[lane] = lane * self.layout.width + zero
-        self._columns[lane, : columns.numel()] += columns.to(self.device) - zero
-        self._cells[lane] = lane * self.table.weights.shape[1] + cells.to(self.device)
+        if self._sampled[lane] is not columns:
+            self._sampled[lane] = columns
+            mine, count = self._columns[lane], columns.numel()
+            mine[:count] = columns.to(self.device) + lane * self.layout.width
+            mine[count:] = lane * self.layout.width + zero
+        self._cells[lane] = cells.to(self.device) + lane * self.table.weights.shape[1]
 
     def begin_table(self, lane: int, table: Tensor, place: Tensor) -> None:
         """A new (tokens, width) table in a lane. place: (tokens,) the row of each token."""
@@ -136,9 +147,10 @@ class Stack:
     def sample(self, lanes: Tensor, what: str) -> Tensor:
         """(runs, entries): the probe's sample of ``weights`` or ``slope``."""
         row, table = getattr(self.row, what), getattr(self.table, what)
-        return torch.cat(
-            [torch.take(row, self._columns[lanes]), torch.take(table, self._cells[lanes])], 1
-        )
+        columns, cells = self._columns, self._cells
+        if len(lanes) < len(columns):
+            columns, cells = columns[lanes], cells[lanes]
+        return torch.cat([torch.take(row, columns), torch.take(table, cells)], 1)
 
     def clip(self, turns: Sequence[Turn]) -> None:
         """Scale slopes down to each run's largest norm, as ``clip_grad_norm_`` does."""
@@ -179,7 +191,7 @@ class Stack:
                 _fused_adamw(turn, segments)
                 continue
             for segment in segments:
-                weights, slope, first, second = segment.of(slice(turn.lane, turn.lane + 1))
+                weights, slope, first, second = segment.at(turn.lane)
                 optim.update(
                     turn.knobs.optimizer, weights, slope, first, second,
                     step=torch.tensor([[float(turn.age)]]), rate=torch.tensor([[turn.rate]]),
@@ -233,7 +245,7 @@ def _fused_adamw(turn: Turn, segments: Sequence[Segment]) -> None:
     """The kernel that ``torch.optim.AdamW(fused=True)`` calls, on whole segments."""
     step = torch.tensor(float(turn.age))
     for decay in sorted({segment.decay for segment in segments}):
-        mine = [segment.of(slice(turn.lane, turn.lane + 1)) for segment in segments
+        mine = [segment.at(turn.lane) for segment in segments
                 if segment.decay == decay]  # fmt: skip
         weights, slope, first, second = (list(x) for x in zip(*mine, strict=True))
         torch._fused_adamw_(

@@ -13,6 +13,7 @@ from envs.errors import BadInput, UnknownName, lookup
 
 Objective = Literal["classification"]
 Adapter = Literal["full", "lora"]
+Pooling = Literal["mean", "first"]
 Split = Literal["train", "validation", "selection", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -41,6 +42,7 @@ class Task:
     adapter: Adapter = "full"
     trainable_layers: int | None = None  # the uppermost encoder layers; None trains all
     dropout: float = 0.0
+    pooling: Pooling = "mean"  # what the head reads: the mean of all tokens, or the first one
     validation_rows: int = 128  # for observation and reward
     selection_rows: int = 256  # for choosing among checkpoints and trials
     test_rows: int = 1000  # read once, by the referee
@@ -68,6 +70,8 @@ class Task:
             raise UnknownName("objective", self.objective, get_args(Objective))
         if self.adapter not in get_args(Adapter):
             raise UnknownName("adapter", self.adapter, get_args(Adapter))
+        if self.pooling not in get_args(Pooling):
+            raise UnknownName("pooling", self.pooling, get_args(Pooling))
         if self.classes is not None:
             given: Any = self.classes
             if isinstance(given, list):  # from a configuration file

@@ -18,36 +18,39 @@ from envs import catalog
 from envs.errors import BadInput
 from envs.own_data import load_user
 from envs.rows import Rows
-from envs.task import SPLITS, Split, Task
+from envs.task import SPLITS, Pooling, Split, Task
 
 CAP = 8000  # rows of a split that are tokenised at most
 
 
-class MeanPoolClassifier(nn.Module):
-    """An encoder, the mean of its token states, and a linear head.
+class Classifier(nn.Module):
+    """An encoder, the mean or the first of its token states, and a linear head.
 
-    Mean pooling because a sentence encoder's own pooler is not trained for classification.
+    A sentence encoder is trained for the mean; its own pooler is not trained for classification.
     The signature is the one that transformers' ``Trainer`` calls.
     """
 
-    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Linear, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.pooling = pooling
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """input_ids, attention_mask: (batch, length); labels: (batch,) -> loss and logits."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        logits = self.head(mean_pool(states, attention_mask))
+        logits = self.head(pool(states, attention_mask, self.pooling))
         if labels is None:
             return {"logits": logits}
         return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """(batch, length, width) states, (batch, length) mask -> (batch, width), over real tokens."""
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """(batch, length, width) states, (batch, length) mask -> (batch, width), of real tokens."""
+    if pooling == "first":
+        return states[:, 0]
     weights = mask.unsqueeze(-1).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
 
@@ -84,7 +87,7 @@ class Workload:
         """Of the encoder's states."""
         return int(_encoder(self.task.model).config.hidden_size)
 
-    def module(self, seed: int) -> MeanPoolClassifier:
+    def module(self, seed: int) -> Classifier:
         """The pretrained encoder with a new head; trainable parts as the task asks.
 
         seed: draws the head and the adapter, and nothing else; torch's own state is untouched.
@@ -96,7 +99,7 @@ class Workload:
                 encoder = _with_lora(encoder)
             elif task.trainable_layers is not None:
                 _freeze_below(encoder, task.trainable_layers)
-            module = MeanPoolClassifier(encoder, _new_head(self))
+            module = Classifier(encoder, _new_head(self), task.pooling)
         for part in module.modules():
             if isinstance(part, nn.Dropout):
                 part.p = task.dropout
@@ -266,7 +269,7 @@ def _encoder(model: str) -> Any:
     with _seeded(0):  # weights that the files lack are drawn
         encoder = _pretrained(AutoModel, model, dtype=torch.float32)
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # not used by mean pooling; its weights would get no gradient
+        encoder.pooler = None  # not used; its weights would get no gradient
     return encoder
 
 

@@ -144,12 +144,16 @@ def test_lanes_may_wait_and_end_at_different_times(tiny_task):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
-@pytest.mark.parametrize("changes", [{"adapter": "lora"}, {"trainable_layers": 1},
+@pytest.mark.parametrize("changes", [{}, {"adapter": "lora"}, {"trainable_layers": 1},
                                      {"trainable_layers": 0}])  # fmt: skip
-def test_frozen_weights_are_shared(tiny_task, changes):
-    """With a trunk where layers are frozen, and the same numbers as without."""
-    task = tiny_task(**changes)
-    assert batched.fit(task) == batched.Fit(trunk="trainable_layers" in changes)
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_what_is_left_out_changes_no_number(tiny_task, changes, pooling):
+    """Frozen weights are shared, frozen layers and tokens that nothing reads are not computed."""
+    task = tiny_task(pooling=pooling, **changes)
+    frozen = changes.get("trainable_layers")
+    assert batched.fit(task) == batched.Fit(
+        trunk=frozen is not None, first=pooling == "first" and frozen != 0
+    )
     pack, jobs = Pack(task, 2, 4), [TorchJob(task, seed, Knobs(2e-3)) for seed in range(2)]
     for lane in range(2):
         pack.open(lane, task, lane, Knobs(2e-3))
@@ -273,8 +277,9 @@ def test_a_model_that_cannot_be_batched_runs_alone_with_a_notice(
     assert jobs[0].advance(2) == TorchJob(task, 0).advance(2)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "distilbert"])
-def test_other_families_of_models(tiny_task, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "distilbert", "roberta"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_other_families_of_models(tiny_task, tmp_path, kind, pooling):
     from transformers import AutoConfig, AutoModel
 
     words = tiny.tokenizer()
@@ -283,14 +288,18 @@ def test_other_families_of_models(tiny_task, tmp_path, kind):
         "llama": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
                   "intermediate_size": 32, "num_key_value_heads": 1},
         "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+        "roberta": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "intermediate_size": 32, "pad_token_id": 0},
     }[kind]  # fmt: skip
-    config = AutoConfig.for_model(kind, vocab_size=len(words), max_position_embeddings=16, **sizes)
+    config = AutoConfig.for_model(kind, vocab_size=len(words), max_position_embeddings=18, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModel.from_config(config).save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
-    task = tiny_task(model=str(tmp_path))
-    assert batched.fit(task) == batched.Fit(causal=kind != "distilbert")
+    task = tiny_task(model=str(tmp_path), pooling=pooling)
+    assert batched.fit(task) == batched.Fit(
+        causal=kind in ("gpt2", "llama"), first=kind == "roberta" and pooling == "first"
+    )
     pack, job = Pack(task, 2, 4), TorchJob(task, 0, Knobs(1e-3))
     pack.open(0, task, 0, Knobs(1e-3))
     alike(pack.advance({0: 8})[0], job.advance(8))
