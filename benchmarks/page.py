@@ -63,7 +63,8 @@ def page(results: Mapping[str, Any], docs: Path) -> str:
         parts.append(f"{plot.title}: {plot.missing}." if plot.missing else picture)
     parts += ["Bars are quartiles. The head reads the first token; width 32 and 16 rows of 16 "
               "tokens where not varied; of several pack sizes the fastest is drawn.",
-              costs(results), ROOFLINE, roofline(results), trunk(results), memory(results), dacbench(results), ELSEWHERE]  # fmt: skip
+              costs(results), ROOFLINE, roofline(results), trunk(results),
+              memory(results), dacbench(results), ELSEWHERE]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 

@@ -24,10 +24,9 @@ from envs.stack import Stack, Turn
 from envs.task import Split, Task
 from envs.trunk import trunk_of
 
-CHUNK = 64  # rows of a split that are judged together
-BUFFERS = 4 << 20  # bytes that libraries take when they are first used
-HOLES = 1.15  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
-KEPT, MOST_KEPT = 0.4, 42 << 20  # of a pack's bytes, freed ones that the heap keeps; measured
+CHUNK = 32  # rows judged together: 64 would be a tenth faster and take a third more memory
+BUFFERS = 3 << 20  # bytes that libraries take when they are first used
+HOLES = 1.25  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
 EDGE = 8  # lengths are multiples of it, so that many tasks are of one family
 
 
@@ -383,13 +382,8 @@ class _Look:
 
 
 def predict(task: Task, lanes: int, classes: int = 8) -> int:
-    """Bytes that a pack will take at its peak, all lanes computed together.
-
-    Linear in the lanes, but that the C library's heap keeps what small packs have freed: it gives
-    back what lies above its trim threshold (64 MB), and from about ten lanes on that is full.
-    """
-    work = lanes * _lane_peak(task, classes)
-    return work + min(round(KEPT * work), MOST_KEPT) + BUFFERS
+    """Bytes that a pack will take at its peak, all lanes computed together: linear in the lanes."""
+    return lanes * _lane_peak(task, classes) + BUFFERS
 
 
 @functools.lru_cache(maxsize=64)
@@ -397,8 +391,7 @@ def _lane_peak(task: Task, classes: int) -> int:
     """Bytes of one lane, from a pack of two.
 
     Updates and scores ask for blocks of other sizes: what one has freed is of little use to the
-    other, so that their peaks add up, and some is lost between blocks. Where these are large
-    enough to be given back one by one (from 32 MB on, in packs of hundreds) less is lost.
+    other, so that their peaks add up, and some is lost between blocks.
     """
     small = Pack(task, 2, classes)
     for lane in range(2):
