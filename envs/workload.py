@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,14 +236,16 @@ def _tokens(
         texts = list(rows.texts[:CAP])
         if not texts:
             raise BadInput(f"{dataset}: {split}: no rows; give data for this split")
-        coded = tokenizer(
-            texts,
-            padding="max_length",
-            padding_side="right",
-            truncation=True,
-            max_length=length,
-            return_tensors="np",
-        )
+        with ThreadPoolExecutor(1) as thread:  # its heap, and not the packs', keeps what it leaves
+            coded = thread.submit(
+                tokenizer,
+                texts,
+                padding="max_length",
+                padding_side="right",
+                truncation=True,
+                max_length=length,
+                return_tensors="np",
+            ).result()
         mask = coded["attention_mask"].astype(np.int64)
         if not mask.any(1).all():
             raise BadInput(f"{dataset}: {text}: a text without any token; drop empty texts")
