@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from envs.job import epochs
-from envs.workload import Tokens
+from envs.task import Split
+from envs.trunk import trunk_of
+from envs.workload import Tokens, Workload
 
 
 class Rows(NamedTuple):
@@ -40,8 +42,8 @@ class Feed(NamedTuple):
 class Order:
     """The row numbers of every update of a run: a `TorchJob`'s of the same seed."""
 
-    def __init__(self, rows: int, batch: int, seed: int, steps: int) -> None:
-        self._source, self._rows, self._steps = epochs(rows, batch, seed), rows, steps
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
+        self._source = epochs(rows, batch, seed)
         self._known = next(self._source)
 
     @property
@@ -59,50 +61,41 @@ class Order:
             self._known = torch.cat(parts)
         return self._known[start : start + count]
 
-    def first_use(
-        self, ids: Tensor, vocabulary: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`first_use` of the run's planned updates. ids: (rows, length) of the whole split.
 
-        Only updates with a row that none before had can bring a new token. Two epochs nearly
-        always have every row: the first drops less than a batch, the second those by chance.
+class Texts:
+    """A workload's rows as a pack takes them, shared by all of its runs."""
+
+    def __init__(self, load: Workload, vocabulary: int, device: torch.device) -> None:
+        """vocabulary: tokens of the table if it is trained, or 0.
+
+        The words of the training rows get the first rows of the runs' tables: an update moves
+        those alone.
         """
-        planned, first = self._first(min(self._steps, 2 * len(self._known)))
-        if len(planned) < self._steps and first.max() == len(planned):
-            planned, first = self._first(self._steps)
-        fresh = np.zeros(len(planned) + 1, dtype=bool)  # the last is of rows that have no turn
-        fresh[first] = True
-        ranks, reach = first_use(ids[planned[torch.from_numpy(fresh[:-1])]].numpy(), vocabulary)
-        steps = np.minimum(np.arange(self._steps), len(planned) - 1)
-        return ranks, reach[(fresh.cumsum() - 1)[steps]]
+        self._load, self._device = load, device
+        self._rows: dict[Split, Rows] = {}
+        used = (
+            torch.bincount(load.rows["train"].ids.view(-1), minlength=vocabulary)[:vocabulary] > 0
+        )
+        self.used = int(used.sum())
+        self.tokens = torch.cat([torch.nonzero(part).view(-1) for part in (used, ~used)])
+        self.place = torch.argsort(self.tokens)  # the row of each token
 
-    def _first(self, steps: int) -> tuple[Tensor, NDArray[np.int64]]:
-        """Row numbers of the first updates, and the first of them that has each row, or steps."""
-        planned = self.take(0, steps)
-        flat = planned.reshape(-1).numpy()
-        first = np.full(self._rows, steps, dtype=np.int64)
-        first[flat[::-1]] = np.arange(steps).repeat(planned.shape[1])[::-1]
-        return planned, first
+    @property
+    def nbytes(self) -> int:
+        """Of the splits in use, without a trunk's states."""
+        own = [rows for rows in self._rows.values() if rows.source is None]
+        texts = sum(rows.ids.nbytes + rows.mask.nbytes + rows.labels.nbytes for rows in own)
+        return texts + self.place.nbytes + self.tokens.nbytes
 
-
-def first_use(
-    ids: NDArray[np.int64], vocabulary: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens in the order of their first use -> their ranks, and how many are in use by step.
-
-    ids: (steps, rows, length) -> (vocabulary,), those never used come last; (steps,).
-    """
-    steps, size = len(ids), ids[0].size
-    flat = ids.reshape(-1)
-    first = np.full(vocabulary, flat.size, dtype=np.int64)
-    first[flat[::-1]] = np.arange(flat.size - 1, -1, -1)  # the earliest is written last
-    opens = np.zeros(flat.size + 1, dtype=bool)  # the last is of the tokens never used
-    opens[first] = True
-    places = np.flatnonzero(opens[:-1])
-    ranks = np.full(vocabulary, -1, dtype=np.int64)
-    ranks[flat[places]] = np.arange(len(places))
-    ranks[ranks < 0] = np.arange(len(places), vocabulary)
-    return ranks, np.searchsorted(places, np.arange(1, steps + 1) * size)
+    def rows(self, split: Split, trunk: bool) -> Rows:
+        """A split on the device; made when it is first asked for."""
+        if split not in self._rows:
+            tokens, states = self._load.rows[split], None
+            if trunk:
+                states = trunk_of(self._load.task, self._device).states(tokens, split)
+            place = self.place if len(self.place) else None
+            self._rows[split] = on_device(tokens, place, states, self._device)
+        return self._rows[split]
 
 
 def on_device(

@@ -3,18 +3,17 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from envs import memory, probe, workload
 from envs.batched import LOWEST, Batch, BatchedModel, fit
 from envs.errors import BadInput
-from envs.feed import Feed, Order, Rows, chunks, feed, on_device
+from envs.feed import Feed, Order, Rows, Texts, chunks, feed
 from envs.job import RandomState, Score, spread
 from envs.knobs import Knobs, factor
 from envs.layout import lay_out
@@ -22,7 +21,6 @@ from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
 from envs.stack import Stack, Turn
 from envs.task import Split, Task
-from envs.trunk import trunk_of
 
 CHUNK = 32  # rows judged together: 64 would be a tenth faster and take a third more memory
 BUFFERS = 3 << 20  # bytes that libraries take when they are first used
@@ -63,12 +61,10 @@ class _Run:
     knobs: Knobs
     start_rate: float
     order: Order
-    place: Tensor | None  # (vocabulary,) token -> row of the run's own table
-    reach: NDArray[np.int64]  # rows of the table that updates have touched, after each update
+    texts: Texts
     step: int = 0  # updates done
     age: int = 0  # updates since the moments were last forgotten
     whole: bool = False  # weight decay has moved rows that no update touched
-    rows: dict[Split, Rows] = field(default_factory=dict)
 
 
 class Pack:
@@ -101,18 +97,18 @@ class Pack:
         self._stack = Stack(self._layout, tokens, self._model.width, lanes, self._device)
         self._views = self._layout.views(self._stack.row.weights)
         self._runs: list[_Run | None] = [None] * lanes
+        self._texts: WeakValueDictionary[Task, Texts] = WeakValueDictionary()
         self._samples: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._random = RandomState(0, self._device)
 
     @property
     def lane_bytes(self) -> int:
-        """Of a lane's weights, moments and slopes, and of its run's texts and order."""
+        """Of a lane's weights, moments and slopes, and of its run's order and texts.
+
+        Runs of one task share the texts; here each is charged its own.
+        """
         runs = [run for run in self._runs if run is not None]
-        texts = [rows for run in runs for rows in run.rows.values()]
-        own = sum(rows.ids.nbytes + rows.mask.nbytes + rows.labels.nbytes for rows in texts
-                  if rows.source is None)  # fmt: skip
-        own += sum(run.order.nbytes + run.reach.nbytes for run in runs)
-        own += sum(run.place.nbytes for run in runs if run.place is not None)
+        own = sum(run.order.nbytes + run.texts.nbytes for run in runs)
         return self._stack.nbytes // self.lanes + own // max(1, len(runs))
 
     # -- opening and closing -----------------------------------------------------------------
@@ -132,15 +128,15 @@ class Pack:
                 f"pack: {len(load.classes)} classes; it has room for {self._classes.shape[1]}"
             )
         order_seed, head, _ = spread(seed, 3)
-        order = Order(len(load.rows["train"]), task.batch, order_seed, task.steps)
+        order = Order(len(load.rows["train"]), task.batch, order_seed)
         columns, tokens, cells = self._sample(len(load.classes))
-        place, reach = None, np.zeros(0, dtype=np.int64)
+        texts = self._texts.get(task)
+        if texts is None:
+            vocabulary = len(self._model.table) if self._layout.table else 0
+            texts = self._texts[task] = Texts(load, vocabulary, self._device)
         if self._layout.table:
-            vocabulary, width = self._model.table.shape
-            ranks, reach = order.first_use(load.rows["train"].ids, vocabulary)
-            place = torch.from_numpy(ranks)
-            self._stack.begin_table(lane, self._model.table, place)
-            cells = place[tokens].mul_(width).add_(cells)
+            self._stack.begin_table(lane, self._model.table, texts.tokens)
+            cells = texts.place[tokens].mul_(self._model.width).add_(cells)
         self._stack.begin(lane, self._pretrained[0], columns, cells)
         row = self._stack.row.weights[lane : lane + 1]
         for name, drawn in load.drawn(head).items():
@@ -148,7 +144,7 @@ class Pack:
             view[tuple(slice(size) for size in drawn.shape)] = drawn.to(self._device)
         self._classes[lane] = LOWEST
         self._classes[lane, : len(load.classes)] = 0.0
-        self._runs[lane] = _Run(task, load, knobs, knobs.rate, order, place, reach)
+        self._runs[lane] = _Run(task, load, knobs, knobs.rate, order, texts)
 
     def close(self, lane: int) -> None:
         """The run is over; its lane is free."""
@@ -240,9 +236,9 @@ class Pack:
             name: view[0, : len(run.load.classes)] if name.startswith("head.") else view[0]
             for name, view in self._weights([lane]).items()
         }
-        if self._layout.table and run.place is not None:
+        if self._layout.table:
             table = self._stack.table.weights[lane].view(self._model.table.shape)
-            found[self._layout.table] = table[run.place.to(self._device)]
+            found[self._layout.table] = table[run.texts.place.to(self._device)]
         return found
 
     # -- behind them -------------------------------------------------------------------------
@@ -277,13 +273,7 @@ class Pack:
         return feed(lanes, found, self.family.length)
 
     def _rows(self, lane: int, split: Split) -> Rows:
-        run = self._run(lane)
-        if split not in run.rows:
-            tokens, states = run.load.rows[split], None
-            if self._model.fit.trunk:
-                states = trunk_of(run.task, self._device).states(tokens, split)
-            run.rows[split] = on_device(tokens, run.place, states, self._device)
-        return run.rows[split]
+        return self._run(lane).texts.rows(split, self._model.fit.trunk)
 
     def _batch(self, lanes: list[int], fed: Feed, number: int) -> tuple[Batch, Tensor]:
         """The model's inputs at one step of a feed, and which rows of the tables are in them."""
@@ -330,10 +320,9 @@ class Pack:
         run = self._run(lane)
         rate = run.knobs.rate * factor(run.knobs, run.step, run.task.steps)
         run.whole = run.whole or run.knobs.weight_decay > 0
-        known = run.step < len(run.reach) and not run.whole
-        reach = int(run.reach[run.step]) if known else self._model.table.shape[0]
         run.step, run.age = run.step + 1, run.age + 1
-        return Turn(lane, run.knobs, rate, run.age, reach if self._layout.table else 0)
+        tokens = len(self._model.table) if self._layout.table else 0
+        return Turn(lane, run.knobs, rate, run.age, tokens if run.whole else run.texts.used)
 
     def _report(self, lane: int, steps: int, row: list[float], longest: int) -> Progress:
         run = self._run(lane)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,8 +58,8 @@ class Segment(NamedTuple):
 class Stack:
     """The weights of all lanes in two parts: rows as a `Layout` has them, and token tables.
 
-    Rows of a table lie in the order in which updates first touch them. As long as there is no
-    weight decay the others have neither gradient nor moments, and on a CPU nothing looks at them.
+    The first rows of a table are those that updates can touch. As long as there is no weight decay
+    the others have neither gradient nor moments, and on a CPU nothing looks at them.
     """
 
     def __init__(
@@ -71,6 +70,8 @@ class Stack:
         self.row = Part(lanes, layout.width, device)
         self.table = Part(lanes, tokens * width, device)
         self._used = [0] * lanes  # columns of the tables that may have moments
+        self._moved = [0] * lanes  # rows of the tables that are not as they began
+        self._tokens: list[Tensor | None] = [None] * lanes
         self._columns = torch.full((lanes, 0), 0, device=device)
         self._cells = torch.full((lanes, 0), 0, device=device)
         self._sampled: list[Tensor | None] = [None] * lanes  # what `_columns` was made of
@@ -99,12 +100,15 @@ class Stack:
             mine[count:] = lane * self.layout.width + zero
         self._cells[lane] = cells.to(self.device) + lane * self.table.weights.shape[1]
 
-    def begin_table(self, lane: int, table: Tensor, place: Tensor) -> None:
-        """A new (tokens, width) table in a lane. place: (tokens,) the row of each token."""
-        tokens = np.empty(len(place), dtype=np.int64)
-        tokens[place.numpy()] = np.arange(len(place))
-        mine = self.table.weights[lane].view_as(table)
-        torch.index_select(table, 0, torch.from_numpy(tokens).to(self.device), out=mine)
+    def begin_table(self, lane: int, table: Tensor, tokens: Tensor) -> None:
+        """A new (tokens, width) table in a lane. tokens: the token of each row.
+
+        Where the lane had the same rows before, those that did not move are still there.
+        """
+        rows = self._moved[lane] if self._tokens[lane] is tokens else len(tokens)
+        self._tokens[lane], self._moved[lane] = tokens, 0
+        mine = self.table.weights[lane].view_as(table)[:rows]
+        torch.index_select(table, 0, tokens[:rows].to(self.device), out=mine)
 
     def snapshot(self, lane: int) -> Snapshot:
         """A lane's weights, copied."""
@@ -180,8 +184,9 @@ class Stack:
         """One optimizer update of each lane; slopes are used up."""
         on_cpu = self.device.type == "cpu"
         for turn in turns:
-            moved = turn.reach * self.width if on_cpu else self.table.weights.shape[1]
-            self._used[turn.lane] = max(self._used[turn.lane], moved)
+            columns = turn.reach * self.width if on_cpu else self.table.weights.shape[1]
+            self._used[turn.lane] = max(self._used[turn.lane], columns)
+            self._moved[turn.lane] = max(self._moved[turn.lane], columns // self.width)
         if not on_cpu:
             self._step_together(turns)
             return

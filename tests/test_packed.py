@@ -12,10 +12,10 @@ import torch
 from baselines.compare import compare
 from baselines.schedules import CosineWarmup, Keep
 from baselines.search import Search
-from envs import batched
+from envs import batched, workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
-from envs.feed import Order, chunks, first_use
+from envs.feed import Order, Texts, chunks
 from envs.hardware import Plan
 from envs.job import TorchJob, batches
 from envs.knobs import Knobs
@@ -196,25 +196,35 @@ def test_all_lanes_at_once_is_the_same_as_one_by_one(tiny_task, knobs):
     torch.testing.assert_close(*results)
 
 
-def test_first_use_orders_tokens():
-    ids = np.array([[[5, 2], [5, 0]], [[2, 7], [0, 0]]])
-    ranks, reach = first_use(ids, 9)
-    assert reach.tolist() == [3, 4]
-    assert np.argsort(ranks).tolist() == [5, 2, 0, 7, 1, 3, 4, 6, 8]
+def test_words_of_the_training_rows_come_first(tiny_task):
+    load = workload.load(tiny_task())
+    texts = Texts(load, 100, torch.device("cpu"))
+    used = sorted(set(load.rows["train"].ids.view(-1).tolist()))
+    assert texts.used == len(used) < 100
+    assert texts.tokens[: len(used)].tolist() == used
+    assert sorted(texts.tokens.tolist()) == list(range(100))
+    assert torch.equal(texts.tokens[texts.place], torch.arange(100))
+    assert torch.equal(texts.tokens[texts.rows("test", False).ids], load.rows["test"].ids)
 
 
-def test_the_first_use_of_an_order_is_that_of_all_its_updates():
-    ids = torch.randint(0, 40, (10, 3), generator=torch.Generator().manual_seed(0))
-    for steps in (2, 3, 40):  # before and after the rows that the first epoch drops
-        order = Order(10, 3, 1, steps)
-        ranks, reach = order.first_use(ids, 50)
-        wanted = first_use(ids[order.take(0, steps)].numpy(), 50)
-        assert ranks.tolist() == wanted[0].tolist()
-        assert reach.tolist() == wanted[1].tolist()
+@pytest.mark.parametrize("knobs", [Knobs(1e-2), Knobs(1e-2, weight_decay=0.1)])
+def test_a_lane_that_is_used_again_begins_as_a_new_one(tiny_task, knobs):
+    """After a run of the same task, whose rows that did not move stay, and of another."""
+    task, other = tiny_task(), tiny_task(rows=90)
+    pack = Pack(task, 1, 4)
+    for before in (task, other):
+        pack.open(0, before, 5, knobs)
+        pack.advance({0: 3})
+        pack.restore(0, pack.snapshot(0))
+        pack.open(0, task, 1, Knobs(1e-3))
+        job = TorchJob(task, 1, Knobs(1e-3))
+        assert distance(job, pack.named(0)) == 0
+        alike(pack.advance({0: 4})[0], job.advance(4))
+        assert distance(job, pack.named(0)) <= 1e-5
 
 
 def test_an_order_is_that_of_a_plain_run():
-    order, source = Order(10, 3, 0, 4), batches(10, 3, 0)
+    order, source = Order(10, 3, 0), batches(10, 3, 0)
     expected = torch.stack([next(source) for _ in range(9)])
     assert torch.equal(order.take(0, 9), expected)
     assert torch.equal(order.take(2, 3), expected[2:5])
