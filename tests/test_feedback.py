@@ -7,6 +7,7 @@ from fakes import OPTIMUM, TASK, FakeJob, no_data
 from test_method import MethodConformance, Recorder, ended
 from transformers.optimization import GreedyLR
 
+from baselines.compare import compare
 from baselines.feedback import FEEDBACK, Greedy, Plateau, RangeTest, pick
 from baselines.method import Arena, run_cost
 from envs.env import EXPLORE
@@ -223,3 +224,18 @@ def test_the_rules_are_those_of_torch_and_transformers(seed):
         )  # fmt: skip
         mine = Greedy(patience=patience).rate(1e-3, losses)
         assert mine == pytest.approx(stepped(theirs, optimizer, losses))
+
+
+def test_a_packed_range_test_finds_the_rate_of_a_plain_one(tiny_task, tmp_path, monkeypatch):
+    """Its updates one by one stand beside whole intervals of the other lanes."""
+    monkeypatch.undo()  # real data
+    methods, tasks = [RangeTest(), Plateau()], [tiny_task(steps=40)]
+    alone = compare(methods, tasks, (0, 1), tmp_path / "alone", runs=1, decades=0.5)
+    packed = compare(methods, tasks, (0, 1), tmp_path / "packed", runs=1, decades=0.5, pack=4)
+    for one, other in zip(alone, packed, strict=True):
+        assert other["packed"] == 4
+        assert one["spent"] == other["spent"]
+        mine, theirs = one["trials"][0], other["trials"][0]
+        assert mine["knobs"] == theirs["knobs"]
+        assert [p["rate"] for p in mine["curve"]] == [p["rate"] for p in theirs["curve"]]
+        assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
