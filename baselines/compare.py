@@ -272,11 +272,15 @@ def _room(task: Task) -> int:
 
 
 def _groups(cells: Sequence[Cell], pack: int) -> Iterator[tuple[Cell, ...]]:
-    """Cells that are computed together, in order of their first; large models stay alone."""
+    """Cells that are computed together, in order of their first.
+
+    Large models stay alone, and methods that say so: their jobs cannot be packed.
+    """
     waiting: dict[Any, list[Cell]] = {}
     for cell in cells:
         small = workload.parameters(cell.task.model) <= PACKED
-        key = (family(cell.task), _room(cell.task)) if pack > 1 and small else cell.key
+        together = pack > 1 and small and not getattr(cell.method, "alone", False)
+        key = (family(cell.task), _room(cell.task)) if together else cell.key
         waiting.setdefault(key, []).append(cell)
     for alike in waiting.values():
         for start in range(0, len(alike), pack):

@@ -7,14 +7,14 @@ closed to methods; the arena reads it when a trial is handed in, and does not te
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from envs.env import MakeJob
 from envs.errors import BadInput, SteersmanError
 from envs.job import Job, Score, TorchJob
-from envs.knobs import Knobs
+from envs.knobs import RATE_CEILING, RATE_FLOOR, Knobs
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
 from envs.task import Split, Task
@@ -160,9 +160,12 @@ class Arena:
         self._open: dict[int, tuple[MeteredJob, Job]] = {}
         self._began = clock()
 
-    def open(self, knobs: Knobs) -> MeteredJob:
-        """A new run: the same weights, head and data order for every method of this cell."""
-        job = self._make_job(self.task, self.seed, knobs)
+    def open(self, knobs: Knobs, make_job: MakeJob | None = None) -> MeteredJob:
+        """A new run: the same weights, head and data order for every method of this cell.
+
+        make_job: for a method whose runs only a job of its own kind can make.
+        """
+        job = (make_job or self._make_job)(self.task, self.seed, knobs)
         metered = MeteredJob(job, self.budget)
         self._open[id(metered)] = (metered, job)
         return metered
@@ -221,14 +224,29 @@ def run_cost(task: Task) -> float:
 def run_static(arena: Arena, knobs: Knobs, on_interval: Callable[[Point], bool] | None = None
                ) -> Trial:  # fmt: skip
     """One run with fixed knobs: a trial. ``on_interval`` returns True to prune it."""
-    job = arena.open(knobs)
-    best, curve, state = Best(), [], "complete"
+    return finish(arena, arena.open(knobs), on_interval)
+
+
+def finish(
+    arena: Arena,
+    job: MeteredJob,
+    on_interval: Callable[[Point], bool] | None = None,
+    rate: Callable[[Sequence[Point]], float] | None = None,
+) -> Trial:
+    """Train an open run to its end: a trial. ``on_interval`` returns True to prune it.
+
+    rate: the curve so far, empty at first -> the peak rate of the next interval.
+    """
+    knobs, best, state = job.knobs, Best(), "complete"
+    curve: list[Point] = []
     try:
         while job.step < job.task.steps:
+            if rate is not None:
+                job.apply(replace(knobs, rate=min(max(rate(curve), RATE_FLOOR), RATE_CEILING)))
             progress = job.advance(min(job.task.interval, job.task.steps - job.step))
             score = job.evaluate("selection")
             best.offer(score, job)
-            curve.append(point(progress, knobs, score))
+            curve.append(point(progress, job.knobs, score))
             if not all(map(math.isfinite, (*progress.losses, score.loss))):
                 state = "diverged"
                 break

@@ -3,16 +3,17 @@
 import importlib.util
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import optuna
 
-from baselines.method import Arena, Point, run_static
+from baselines.method import Arena, Point, finish
 from baselines.schedules import reference
 from envs.errors import BadInput, UnknownName
-from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, reference_rate
+from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Shape, reference_rate
 from envs.task import Task
 
 Sampler = Literal["random", "tpe", "tpe-independent", "gp", "cmaes"]
@@ -20,6 +21,8 @@ Pruner = Literal["hyperband"]
 
 WORST = 0.0  # of any metric: what a diverged trial scores
 NO_DECAY = 1e-4  # a weight decay drawn below this is none
+KNOTS = 4  # of a schedule that is searched for
+LOWEST, HIGHEST = 0.03, 3.0  # what a knot may multiply the drawn rate by
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Search:
     means the same under each. ``center`` is by default AdamW's reference rate of the task's
     model, the centre of the starting rates too; the misjudged start itself is not used.
 
+    ``knots``: instead of shape and warm-up, so many log-uniform multipliers of the rate, `LOWEST`
+    to `HIGHEST`, at evenly spaced points of the run, the first and the last interval included; in
+    between log-linear. Each interval has one rate. That is the tuner's reach without its eyes: what
+    it cannot match of a steered run is due to feedback, not to the schedule's shape.
+
     Objective: the best selection metric of the run, reported after each interval to the pruner.
     A pruned trial is charged what it used; a diverged one is complete with the worst value.
     Trials are sequential and in memory; seeded by the arena's seed and task.
@@ -47,6 +55,7 @@ class Search:
     pruner: Pruner | None = None
     center: float | None = None
     decades: float = 1.5
+    knots: int = 0
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
@@ -57,13 +66,16 @@ class Search:
             raise BadInput(f"search: center: {self.center!r} is not a rate that can train")
         if not 0 < self.decades <= 4:
             raise BadInput(f"search: decades: {self.decades!r} is not in (0, 4]")
+        if self.knots != 0 and not 2 <= self.knots <= 16:
+            raise BadInput(f"search: knots: {self.knots!r} are not 2 to 16; give 0 for none")
         if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
             raise BadInput("search: sampler: 'cmaes' needs a package; pip install cmaes")
 
     @property
     def name(self) -> str:
-        """For example ``random`` or ``tpe+hyperband``."""
-        return f"{self.sampler}+{self.pruner}" if self.pruner else self.sampler
+        """For example ``random``, ``tpe+hyperband`` or ``tpe+knots``."""
+        parts = (self.sampler, "knots" if self.knots else None, self.pruner)
+        return "+".join(part for part in parts if part)
 
     def run(self, arena: Arena) -> None:
         """Trials until `BudgetSpent`."""
@@ -71,8 +83,13 @@ class Search:
         study = self._study(arena)
         while True:
             trial = study.ask()
-            knobs = _draw(trial, center, self.decades, arena.task.adapter)
-            ended = run_static(arena, knobs, _watch(trial, arena.task) if self.pruner else None)
+            knobs, multipliers = _draw(trial, center, self.decades, arena.task.adapter, self.knots)
+            ended = finish(
+                arena,
+                arena.open(knobs),
+                _watch(trial, arena.task) if self.pruner else None,
+                _follow(knobs.rate, multipliers, arena.task) if multipliers else None,
+            )
             if ended.state == "pruned":
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             else:
@@ -108,17 +125,41 @@ def _sampler(name: Sampler, seed: int) -> Any:
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
 
-def _draw(trial: Any, center: float, decades: float, adapter: str) -> Knobs:
+def _draw(
+    trial: Any, center: float, decades: float, adapter: str, knots: int
+) -> tuple[Knobs, tuple[float, ...]]:
+    """A trial's settings, and its knots if there are any."""
+    shape: Shape = "constant"
+    warmup, multipliers = 0.0, ()
     rate = trial.suggest_float("rate", center / 10**decades, center * 10**decades, log=True)
-    shape = trial.suggest_categorical("shape", SHAPES)
-    warmup = trial.suggest_float("warmup", 0.0, 0.2)
+    if knots:
+        multipliers = tuple(
+            trial.suggest_float(f"knot{i}", LOWEST, HIGHEST, log=True) for i in range(knots)
+        )
+    else:
+        shape = trial.suggest_categorical("shape", SHAPES)
+        warmup = trial.suggest_float("warmup", 0.0, 0.2)
     decay = trial.suggest_float("weight_decay", NO_DECAY / 10, 0.1, log=True)
     optimizer = trial.suggest_categorical("optimizer", OPTIMIZERS)
     rate *= reference_rate(1, optimizer, adapter) / reference_rate(1, "adamw", adapter)
-    return Knobs(
+    knobs = Knobs(
         min(max(rate, RATE_FLOOR), RATE_CEILING), shape, warmup, optimizer,
         decay if decay >= NO_DECAY else 0.0,
     )  # fmt: skip
+    return knobs, multipliers
+
+
+def along(multipliers: Sequence[float], share: float) -> float:
+    """The multiplier at a share of the way from the first knot to the last: log-linear."""
+    places = np.linspace(0.0, 1.0, len(multipliers))
+    return float(np.exp(np.interp(share, places, np.log(multipliers))))
+
+
+def _follow(
+    rate: float, multipliers: Sequence[float], task: Task
+) -> Callable[[Sequence[Point]], float]:
+    """The rate of each interval; the first has the first knot's, the last the last one's."""
+    return lambda curve: rate * along(multipliers, len(curve) / max(1, task.decisions - 1))
 
 
 def _watch(trial: Any, task: Task) -> Callable[[Point], bool]:

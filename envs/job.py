@@ -5,10 +5,10 @@ native loop; a test may put a scripted fake behind the same verbs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from envs.knobs import Decision, Knobs, factor
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from envs.task import Split, Task
+
+MakeOptimizer = Callable[[list[nn.Parameter], Knobs], torch.optim.Optimizer]
 
 
 class Score(NamedTuple):
@@ -70,8 +72,19 @@ class TorchJob:
     """
 
     def __init__(
-        self, task: Task, seed: int, knobs: Knobs | None = None, device: str | None = None
+        self,
+        task: Task,
+        seed: int,
+        knobs: Knobs | None = None,
+        device: str | None = None,
+        *,
+        optimizer: MakeOptimizer = optim.make,
     ) -> None:
+        """optimizer: makes the one to use, whatever the knobs name; it can then not be switched.
+
+        One with ``train()`` and ``eval()`` is in its training mode within `advance` alone, so
+        that all others see the weights it wants judged.
+        """
         self.task = task
         self._load = workload.load(task)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -86,7 +99,8 @@ class TorchJob:
         self._knobs = knobs or Knobs()
         self._start_rate = self._knobs.rate
         self._size = sum(p.numel() for p in self._module.parameters())
-        self._optimizer = optim.make(self._parameters, self._knobs)
+        self._make_optimizer = optimizer
+        self._optimizer = optimizer(self._parameters, self._knobs)
 
     @property
     def step(self) -> int:
@@ -116,6 +130,7 @@ class TorchJob:
         """Make ``steps`` updates; nothing is read from the device before the last is done."""
         rows, losses = self._load.rows["train"], []
         self._module.train()
+        self._set_mode("train")
         with self._random.lent():
             for left in range(steps - 1, -1, -1):
                 rate = self._knobs.rate * factor(self._knobs, self._step, self.task.steps)
@@ -137,6 +152,7 @@ class TorchJob:
                 self._optimizer.zero_grad()
                 losses.append(loss.detach())
                 self._step += 1
+        self._set_mode("eval")
         gradient, clipped, update, cosine = self._probe.read()
         return Progress(
             step=self._step,
@@ -155,6 +171,8 @@ class TorchJob:
         if knobs.optimizer != self._knobs.optimizer or knobs.weight_decay != (
             self._knobs.weight_decay
         ):
+            if self._make_optimizer is not optim.make:
+                raise BadInput("job: optimizer: is one of its own; only the rate can be changed")
             self._optimizer = optim.hand_over(self._optimizer, self._parameters, knobs)
         self._knobs = knobs
 
@@ -181,6 +199,12 @@ class TorchJob:
     def restore(self, snapshot: Snapshot) -> None:
         """Put weights back and forget the optimizer's moments; the rate stays as chosen."""
         recall(snapshot, self._parameters, self._optimizer)
+        self._optimizer = self._make_optimizer(self._parameters, self._knobs)  # its counters too
+
+    def _set_mode(self, mode: Literal["train", "eval"]) -> None:
+        turn = getattr(self._optimizer, mode, None)
+        if turn is not None:
+            turn()
 
     def _loss(self, rows: workload.Tokens, index: Tensor) -> dict[str, Tensor]:
         length = int(rows.lengths[index.numpy()].max())

@@ -4,6 +4,8 @@ One definition of what an optimizer keeps (`MOMENTS`), of its constants, and of 
 from another one, for the plain loop and for packed runs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +19,17 @@ FIRST = {"adamw": "exp_avg", "sgd": "momentum_buffer", "rmsprop": None}  # torch
 SECOND = {"adamw": "exp_avg_sq", "sgd": None, "rmsprop": "square_avg"}
 
 
-def make(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Optimizer:
-    """A fresh optimizer; weight decay on matrices only, as transformers does."""
-    groups = [
+def group(parameters: list[nn.Parameter], knobs: Knobs) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay on matrices only, as transformers does."""
+    return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": knobs.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def make(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Optimizer:
+    """A fresh optimizer."""
+    groups = group(parameters, knobs)
     if knobs.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=knobs.rate, fused=True)
     if knobs.optimizer == "sgd":

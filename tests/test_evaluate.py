@@ -12,11 +12,12 @@ from test_policy import example
 from baselines.compare import outcomes
 from baselines.ledger import Ledger
 from baselines.method import Arena
+from baselines.optimizers import OPTIMIZERS
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.job import TorchJob
 from envs.task import TASKS, Task
-from tuner.evaluate import PolicyMethod, make_method, run_comparison, write_report
+from tuner.evaluate import KNOWN, PolicyMethod, make_method, run_comparison, write_report
 from tuner.settings import CompareConfig
 
 
@@ -112,6 +113,13 @@ def test_a_comparison_end_to_end(tiny_task, tmp_path, monkeypatch):
     assert "steersman" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert json.loads((tmp_path / "summary.json").read_text())["cells"] == 2
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "fixed"])
+def test_every_contestant_is_made_by_its_name(name):
+    if name in OPTIMIZERS:
+        pytest.importorskip({"schedule-free": "schedulefree", "prodigy": "prodigyopt"}[name])
+    assert make_method(name).name == name
 
 
 def test_unknown_methods_are_refused_with_the_nearest():

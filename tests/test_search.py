@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -6,7 +7,16 @@ from fakes import OPTIMUM, OTHER, TASK, FakeJob, no_data
 from test_method import MethodConformance, ended
 
 from baselines.method import Arena
-from baselines.search import NO_DECAY, Sampler, Search
+from baselines.search import (
+    HIGHEST,
+    KNOTS,
+    LOWEST,
+    NO_DECAY,
+    Sampler,
+    Search,
+    _draw,
+    along,
+)
 from envs.errors import BadInput, UnknownName
 from envs.knobs import RATE_CEILING, reference_rate
 
@@ -134,3 +144,55 @@ def test_cmaes_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install cmaes"):
         Search("cmaes")
+
+
+class TestKnots(MethodConformance):
+    @pytest.fixture(params=["random", "tpe"])
+    def method(self, request):
+        return Search(request.param, knots=KNOTS)
+
+
+def test_knots_interpolate_to_known_rates():
+    """Log-linear: halfway between 0.1 and 1 lies the root of 0.1."""
+    knots = (0.1, 1.0, 1.0, 0.01)
+    found = [along(knots, place / 6) for place in range(7)]
+    assert found == pytest.approx([0.1, 0.1**0.5, 1.0, 1.0, 1.0, 0.1, 0.01])
+    assert along((0.5, 2.0), 0.5) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("task", [TASK, replace(TASK, interval=20)])
+def test_each_interval_has_the_rate_of_its_place_among_the_knots(task, monkeypatch):
+    drawn = []
+
+    def draw(*given):
+        drawn.append(_draw(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr("baselines.search._draw", draw)
+    for trial in trials(Search(knots=KNOTS, decades=0.1), runs=5, task=task):
+        knobs, multipliers = drawn.pop(0)
+        assert trial.knobs == knobs
+        assert (knobs.shape, knobs.warmup, len(multipliers)) == ("constant", 0.0, 4)
+        assert all(LOWEST <= m <= HIGHEST for m in multipliers)
+        rates = [point.rate for point in trial.curve]
+        last = max(1, task.decisions - 1)
+        assert rates == pytest.approx(
+            [knobs.rate * along(multipliers, i / last) for i in range(len(rates))]
+        )
+        assert rates[0] == pytest.approx(knobs.rate * multipliers[0])
+        if task is TASK and trial.state == "complete":
+            assert rates[-1] == pytest.approx(knobs.rate * multipliers[-1])
+
+
+def test_thirty_trials_with_knots_come_near_the_known_optimum():
+    """The best constant run reaches the optimum; knots have to find it at each of four points."""
+    best = max(trials(Search("tpe", knots=KNOTS), runs=60), key=lambda trial: trial.selection)
+    constant = trials(Search(center=OPTIMUM, decades=1e-6), runs=1)[0]
+    assert best.selection > 0.85 * constant.selection
+
+
+def test_knots_have_a_name_and_bounds():
+    assert Search("tpe", knots=4).name == "tpe+knots"
+    assert Search("tpe", "hyperband", knots=4).name == "tpe+knots+hyperband"
+    with pytest.raises(BadInput, match="knots"):
+        Search(knots=1)

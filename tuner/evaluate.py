@@ -2,64 +2,80 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from baselines import report
 from baselines.compare import compare, outcomes
+from baselines.feedback import FEEDBACK
 from baselines.ledger import Ledger, key_of
 from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
+from baselines.optimizers import OPTIMIZERS
 from baselines.schedules import STATIC, Fixed, best_fixed, grid
-from baselines.search import Search
+from baselines.search import KNOTS, Search
 from envs.errors import BadInput, UnknownName
 from envs.files import make_folder
 from envs.job import report_start, with_validation
 from envs.knobs import RATE_CEILING, RATE_FLOOR, Knobs
+from tuner.ablations import Ablation, RandomActions, Rule, Shuffled
+from tuner.audit import Pilot
 from tuner.guard import limits_of
 from tuner.policy import Policy
 from tuner.settings import CompareConfig
 from tuner.steer import Helm
 
 SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
+KNOTTED = ("random+knots", "tpe+knots")
 SHOWN = "cells of the latest comparison"
-KNOWN = (*STATIC, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS))
+SINGLE = STATIC | FEEDBACK | OPTIMIZERS  # contestants of one run, by name
+KNOWN = (*SINGLE, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED)
 
 
 @dataclass(frozen=True)
 class PolicyMethod:
     """Runs steered by a policy, from the user's starting rate: one, or as many as the budget has.
 
+    An ablation takes the policy's place under the same guard; it counts as no steered run.
+
     The second run starts at the rate that the best run ended with, and each further one within
     0.3 decades of it.
     """
 
-    policy: Policy
+    policy: Policy | Ablation
     name: str = "steersman"
     runs: float = 1
     mode: str = "explore"
-    steered: ClassVar[bool] = True
+
+    @property
+    def steered(self) -> bool:
+        """Whether it is a learned tuner that steers."""
+        return not isinstance(self.policy, Ablation)
 
     def describe(self) -> dict[str, Any]:
         """What tells it from another: the artifact, not where it lies."""
-        return {"policy": self.policy.sha256, "runs": self.runs, "mode": self.mode}
+        policy = self.policy
+        pilot = policy.describe() if isinstance(policy, Ablation) else {"policy": policy.sha256}
+        return pilot | {"runs": self.runs, "mode": self.mode}
 
     def run(self, arena: Arena) -> None:
         """Steer; every validation pass that feeds an observation is charged."""
         rng = np.random.default_rng([arena.seed, 1])
         start, best = arena.start_rate, -math.inf
         for number in range(math.ceil(self.runs)):
-            trial, ended = steer(arena, self.policy, start, self.mode)
+            policy = self.policy
+            pilot = policy.pilot(arena.seed, number) if isinstance(policy, Ablation) else policy
+            trial, ended = steer(arena, pilot, start, self.mode)
             if trial.selection > best:
                 best, anchor = trial.selection, ended
             start = anchor * 10 ** (rng.uniform(-0.3, 0.3) if number else 0.0)
             start = min(max(start, RATE_FLOOR), RATE_CEILING)
 
 
-def steer(arena: Arena, policy: Policy, start: float, mode: str) -> tuple[Trial, float]:
+def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
     knobs = Knobs(rate=start)
     job = arena.open(knobs)
@@ -101,12 +117,14 @@ def steer(arena: Arena, policy: Policy, start: float, mode: str) -> tuple[Trial,
 
 def make_method(name: str) -> Method:
     """A contestant by its name on the command line; ``fixed`` has to be found first."""
-    if name in STATIC:
-        return STATIC[name]()
-    sampler, _, pruner = name.partition("+")
+    if name in SINGLE:
+        return SINGLE[name]()
     if name not in KNOWN or name == "fixed":
         raise UnknownName("method", name, KNOWN)
-    return Search(sampler, pruner or None)  # type: ignore[arg-type]
+    sampler, _, extra = name.partition("+")
+    if extra == "knots":
+        return Search(sampler, knots=KNOTS)  # type: ignore[arg-type]
+    return Search(sampler, extra or None)  # type: ignore[arg-type]
 
 
 def run_comparison(
@@ -117,8 +135,8 @@ def run_comparison(
         if name != "fixed":
             make_method(name)
     jobs = config.jobs(config.tasks)
-    once = [make_method(name) for name in config.methods if name in STATIC]
-    searches = [make_method(name) for name in config.methods if name not in (*STATIC, "fixed")]
+    once = [make_method(name) for name in config.methods if name in SINGLE]
+    searches = [make_method(name) for name in config.methods if name not in (*SINGLE, "fixed")]
     names = ["steersman"] if len(policies) == 1 else [p.manifest.algorithm for p in policies]
     if len(set(names)) < len(names):
         names = [f"{p.manifest.algorithm} {p.sha256[:6]}" for p in policies]
@@ -128,6 +146,8 @@ def run_comparison(
             searches.append(
                 PolicyMethod(policy, f"{name} best of {config.best_of}", config.best_of)
             )
+    if config.ablations:
+        once += ablations(names, policies)
     if not config.methods and not policies:
         raise BadInput("compare: methods: none given; name one or give a policy")
     make_folder(out)
@@ -150,6 +170,18 @@ def run_comparison(
     keys = json.dumps([key_of(outcome["cell"]) for outcome in found])
     Ledger(out / "ledger.sqlite").set_meta(SHOWN, keys)
     return found
+
+
+def ablations(names: Sequence[str], policies: Sequence[Policy]) -> list[PolicyMethod]:
+    """Each policy without its eyes, and what needs no policy; random actions are of the first's."""
+    if not policies:
+        raise BadInput("compare: ablations: of no policy; give one")
+    shuffled = [
+        PolicyMethod(Shuffled(policy), f"{name} shuffled")
+        for name, policy in zip(names, policies, strict=True)
+    ]
+    chance = RandomActions(policies[0].manifest.actions)
+    return [*shuffled, PolicyMethod(chance, "random-actions"), PolicyMethod(Rule(), "rule")]
 
 
 def find_fixed(config: CompareConfig, out: Path, tick: Callable[[int, int, str], None]) -> Fixed:

@@ -64,8 +64,9 @@ class CompareConfig(BaseModel):
     methods: tuple[str, ...] = Field(
         ("keep", "trainer-default", "cosine-warmup", "constant", "fixed", "random", "tpe", "gp",
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
-        description="keep, trainer-default, cosine-warmup, constant, fixed; or random, tpe, "
-        "tpe-independent, gp or cmaes, plain or +hyperband",
+        description="keep, trainer-default, cosine-warmup, constant, fixed; range-test, plateau, "
+        "greedy; schedule-free, prodigy; or random, tpe, tpe-independent, gp or cmaes, plain or "
+        "+hyperband, random and tpe also +knots",
     )  # fmt: skip
     training: tuple[str | dict[str, Any], ...] = Field(
         ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
@@ -75,6 +76,9 @@ class CompareConfig(BaseModel):
     search_seeds: int = Field(2, ge=1, le=1000, description="seeds of searches")
     runs: float = Field(16, gt=0, description="budget of each method, in whole runs")
     best_of: int = Field(0, ge=0, description="also spend so many runs on repeated steering")
+    ablations: bool = Field(
+        False, description="also the policy with shuffled observations, random actions and a rule"
+    )
     decades: float = Field(1.5, ge=0, le=3, description="how far starting rates are misjudged")
     steps: int | None = Field(None, ge=1, description="updates of a run; none: the task's")
     workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
