@@ -1,4 +1,4 @@
-"""Search: Optuna's samplers and pruners as contestants. The only module that imports optuna."""
+"""Search: Optuna's samplers and pruners as contestants."""
 
 import importlib.util
 import math

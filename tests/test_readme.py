@@ -7,6 +7,7 @@ from test_policy import example
 from transformers import Trainer, TrainingArguments
 
 from envs import workload
+from envs.task import TASKS
 from tuner import policy
 from tuner.apply import TokenDataset
 
@@ -36,8 +37,20 @@ def test_the_callback_example_runs(tiny_task, tmp_path, monkeypatch):
     assert len(Path("out/tuner.jsonl").read_text().splitlines()) >= 3
 
 
-def test_the_environment_example_runs():
+def test_the_search_example_runs(tiny_task, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    policy.save(example(), tmp_path / "runs/demo/policy.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TASKS, "trec6", tiny_task())
     names = {}
     exec(BLOCKS[1], names)
+    trial = names["study"].ask()
+    wanted = names["found"][0].rate
+    assert trial.suggest_float("learning_rate", 1e-9, 10, log=True) == wanted
+
+
+def test_the_environment_example_runs():
+    names = {}
+    exec(BLOCKS[2], names)
     assert names["env"].observation_space.contains(names["observation"])
     assert "Observation:" in names["envs"].env.FineTuneEnv.__doc__

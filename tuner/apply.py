@@ -1,10 +1,12 @@
 """A task fine-tuned by transformers' Trainer with a policy at the tiller."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +23,9 @@ from envs.knobs import Knobs, reference_rate
 from envs.task import Task
 from tuner.app import Terminated
 from tuner.callback import TunerCallback
+from tuner.judge import Judge, best_check, read_model, score
 from tuner.policy import Policy
+from tuner.restarts import Ended, best_run, next_start
 from tuner.settings import ApplyConfig
 
 Tick = Callable[[int, int, str], None]
@@ -90,11 +94,21 @@ class Watch(TrainerCallback):
         write_atomic(folder / SEAL, json.dumps(sizes).encode())
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What every run of a job shares."""
+
+    task: Task
+    load: workload.Workload
+    config: ApplyConfig
+    tick: Tick
+
+
 def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) -> dict[str, Any]:
     """Fine-tune, steered; resumes from the last whole checkpoint. Writes ``steered/<job>/``."""
     torch.set_num_threads(config.threads)
     task = config.job()
-    load = workload.load(task)
+    job = Bench(task, workload.load(task), config, tick)
     rate = config.rate
     if rate is None:
         rate = reference_rate(workload.parameters(task.model), "adamw", task.adapter)
@@ -102,7 +116,7 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     name = "-".join(Path(part).stem for part in (task.dataset, task.model)) + f"-{config.seed}"
     folder = out / "steered" / name
     summary_path = folder / "summary.json"
-    identity = {"config": config.model_dump(mode="json"), "sha256": policy.sha256}
+    identity = _identity(config, policy)
     identity_path = folder / "identity.json"
     if identity_path.is_file() and json.loads(identity_path.read_text()) != identity:
         raise BadInput(f"{folder}: holds another steered run; choose another --out")
@@ -121,32 +135,109 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
         "folder": str(folder),
     }
     if config.keep:
-        kept = folder / "keep" / "result.json"
-        if not kept.is_file():
-            unsteered = _run(task, load, knobs, config, folder / "keep", None, tick)
-            write_atomic(kept, json.dumps(unsteered).encode())
-        result["keep"] = json.loads(kept.read_text())
-    steered = _run(task, load, knobs, config, folder, policy, tick)
-    for row in steered["curve"]:
-        row["rate"] = _peak(folder / "audit.jsonl", row["step"], knobs.rate)
-    lines = "".join(json.dumps(row) + "\n" for row in steered.pop("curve"))
-    write_atomic(folder / "curve.jsonl", lines.encode())
-    result |= steered
+        result["keep"] = _once(folder / "keep", lambda: _run(job, knobs, folder / "keep", None))
+    steer = _best if config.trials > 1 else _steered
+    result |= steer(job, knobs, folder, policy)
     write_atomic(summary_path, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
-def _run(
-    task: Task,
-    load: workload.Workload,
+def _identity(config: ApplyConfig, policy: Policy) -> dict[str, Any]:
+    """What a folder's run is; a single one is what it was before there were trials."""
+    single = {"trials"} if config.trials == 1 else None
+    return {"config": config.model_dump(mode="json", exclude=single), "sha256": policy.sha256}
+
+
+def _once(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` gave, the first time it came to an end."""
+    kept = folder / "result.json"
+    if not kept.is_file():
+        write_atomic(kept, json.dumps(make()).encode())
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, Any]:
+    """The best of several steered runs by selection; test is read for that one alone."""
+    trials: list[dict[str, Any]] = []
+    ended: list[Ended] = []
+    for number in range(1, job.config.trials + 1):
+        start = next_start(ended, job.config.seed) if ended else knobs.rate
+        words = f"trial {number} of {job.config.trials}"
+        trial = _trial(job, replace(knobs, rate=start), folder / f"trial-{number}", policy, words)
+        trials.append({"trial": number, "start_rate": start} | trial)
+        ended.append(Ended(trial["selection"], trial["end_rate"]))
+    chosen = best_run(ended)
+    origin = folder / f"trial-{chosen + 1}"
+    with full_disk(folder):
+        shutil.copytree(origin / "model", folder / "model", dirs_exist_ok=True)
+    for name in ("audit.jsonl", "curve.jsonl"):
+        if (origin / name).is_file():
+            write_atomic(folder / name, (origin / name).read_bytes())
+    module = read_model(job.load.module(job.config.seed), folder / "model")
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    start_losses = [trial.pop("start") for trial in trials]
+    return {
+        "trials": trials,
+        "chosen": chosen + 1,
+        "start": start_losses[chosen],
+        "final": {
+            "validation_loss": trials[chosen]["validation_loss"],
+            "test": score(module, job.load.rows["test"]).metric,
+        },
+        "seconds": round(sum(trial["seconds"] for trial in trials), 1),
+    }
+
+
+def _trial(job: Bench, knobs: Knobs, folder: Path, policy: Policy, words: str) -> dict[str, Any]:
+    """One of several steered runs, or what it came to before."""
+
+    def make() -> dict[str, Any]:
+        run = _steered(job, knobs, folder, policy, words, judged=True)
+        best = run["best"] or {"step": 0, "selection": 0.0, "selection_loss": None}
+        return {
+            "end_rate": _peak(folder / "audit.jsonl", best["step"], knobs.rate),
+            **best,
+            "start": run["start"],
+            **run["final"],
+            "seconds": run["seconds"],
+        }
+
+    return _once(folder, make)
+
+
+def _steered(
+    job: Bench,
     knobs: Knobs,
-    config: ApplyConfig,
+    folder: Path,
+    policy: Policy,
+    words: str = "steered",
+    judged: bool = False,
+) -> dict[str, Any]:
+    """A steered run; its curve, with the rate in force, goes to a file."""
+    steered = _run(job, knobs, folder, policy, words, judged)
+    for row in steered["curve"]:
+        row["rate"] = _peak(folder / "audit.jsonl", row["step"], knobs.rate)
+    lines = "".join(json.dumps(row) + "\n" for row in steered.pop("curve"))
+    write_atomic(folder / "curve.jsonl", lines.encode())
+    return steered
+
+
+def _run(
+    job: Bench,
+    knobs: Knobs,
     folder: Path,
     policy: Policy | None,
-    tick: Tick,
+    words: str = "unsteered",
+    judged: bool = False,
 ) -> dict[str, Any]:
-    """One Trainer run, steered if there is a policy; judged on the test split at its end."""
+    """One Trainer run, steered if there is a policy -> its ``model/`` and what it came to.
+
+    The model is the last one, and judged on the test split; or, where trials are to be
+    ``judged`` against each other, the best checkpoint on the selection split.
+    """
     began = time.perf_counter()
+    task, config, rows = job.task, job.config, job.load.rows
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=task.steps,
@@ -163,10 +254,10 @@ def _run(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Trainer(
-        model=load.module(config.seed),
+        model=job.load.module(config.seed),
         args=arguments,
-        train_dataset=TokenDataset(load.rows["train"]),
-        eval_dataset=TokenDataset(load.rows["validation"]),
+        train_dataset=TokenDataset(rows["train"]),
+        eval_dataset=TokenDataset(rows["validation"]),
     )
     trainer.remove_callback(PrinterCallback)
     start = trainer.evaluate()["eval_loss"]
@@ -177,27 +268,35 @@ def _run(
                 mode=config.mode,
                 advise=config.advise,
                 eval_dataset=trainer.eval_dataset,
-                classes=len(load.classes),
+                classes=len(job.load.classes),
                 log=folder / "audit.jsonl",
             )
         )
-    watch = Watch(tick, "steered" if policy else "unsteered")
+    if judged:
+        trainer.add_callback(Judge(rows["selection"]))
+    watch = Watch(job.tick, words)
     trainer.add_callback(watch)
     with watch.listening(), full_disk(folder):
         trainer.train(resume_from_checkpoint=_last_whole(folder / "checkpoints", task.steps))
-    final = trainer.evaluate()["eval_loss"]
+    best = best_check(trainer.state.log_history) if judged else None
+    if best:
+        read_model(trainer.model, folder / "checkpoints" / f"checkpoint-{best['step']}")
+    final = {"validation_loss": trainer.evaluate()["eval_loss"]}
+    if not judged:
+        final["test"] = _accuracy(trainer, rows["test"])
     trainer.save_model(str(folder / "model"))
     curve = [
         {"step": row["step"], "train_loss": row["loss"]}
         for row in trainer.state.log_history
         if "loss" in row
     ]
-    return {
+    result = {
         "start": {"validation_loss": start},
-        "final": {"validation_loss": final, "test": _accuracy(trainer, load.rows["test"])},
+        "final": final,
         "curve": curve,
         "seconds": round(time.perf_counter() - began, 1),
     }
+    return result | ({"best": best} if judged else {})
 
 
 def _peak(audit: Path, step: int, rate: float) -> float:

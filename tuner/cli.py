@@ -114,6 +114,8 @@ def apply(
     Example: `steersman apply runs/tuner/policy.safetensors --task bbc/minilm-l6`
 
     Own data: `steersman apply POLICY --task my.csv --text review --label stars`
+
+    The best of three, chosen on rows of their own: `steersman apply POLICY --trials 3`
     """
     from tuner.apply import steer_trainer
     from tuner.tracking import open_policy
@@ -123,6 +125,12 @@ def apply(
     with mirrored(out, mlflow), progress("steer") as tick:
         summary = steer_trainer(loaded, config, out, tick)
         save_config(out, "apply", config)
+    for trial in summary.get("trials", ()):
+        console.print(
+            f"trial {trial['trial']:<3}  selection accuracy {trial['selection']:.3f}, rate "
+            f"{trial['start_rate']:.2g} -> {trial['end_rate']:.2g}"
+            + (", chosen" if trial["trial"] == summary["chosen"] else "")
+        )
     for name, run in (("steered", summary), ("unsteered", summary.get("keep"))):
         if run:
             console.print(

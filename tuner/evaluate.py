@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from baselines import report
 from baselines.compare import compare, outcomes
 from baselines.feedback import FEEDBACK
@@ -20,11 +18,12 @@ from baselines.search import KNOTS, Search
 from envs.errors import BadInput, UnknownName
 from envs.files import make_folder
 from envs.job import report_start, with_validation
-from envs.knobs import RATE_CEILING, RATE_FLOOR, Knobs
+from envs.knobs import Knobs
 from tuner.ablations import Ablation, RandomActions, Rule, Shuffled
 from tuner.audit import Pilot
 from tuner.guard import limits_of
 from tuner.policy import Policy
+from tuner.restarts import Ended, next_start
 from tuner.settings import CompareConfig
 from tuner.steer import Helm
 
@@ -39,10 +38,8 @@ KNOWN = (*SINGLE, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS
 class PolicyMethod:
     """Runs steered by a policy, from the user's starting rate: one, or as many as the budget has.
 
-    An ablation takes the policy's place under the same guard; it counts as no steered run.
-
-    The second run starts at the rate that the best run ended with, and each further one within
-    0.3 decades of it.
+    An ablation takes the policy's place under the same guard; it counts as no steered run. Where
+    each further run starts: `tuner.restarts`.
     """
 
     policy: Policy | Ablation
@@ -63,16 +60,13 @@ class PolicyMethod:
 
     def run(self, arena: Arena) -> None:
         """Steer; every validation pass that feeds an observation is charged."""
-        rng = np.random.default_rng([arena.seed, 1])
-        start, best = arena.start_rate, -math.inf
+        ended: list[Ended] = []
         for number in range(math.ceil(self.runs)):
             policy = self.policy
             pilot = policy.pilot(arena.seed, number) if isinstance(policy, Ablation) else policy
-            trial, ended = steer(arena, pilot, start, self.mode)
-            if trial.selection > best:
-                best, anchor = trial.selection, ended
-            start = anchor * 10 ** (rng.uniform(-0.3, 0.3) if number else 0.0)
-            start = min(max(start, RATE_FLOOR), RATE_CEILING)
+            start = next_start(ended, arena.seed) if ended else arena.start_rate
+            trial, rate = steer(arena, pilot, start, self.mode)
+            ended.append(Ended(trial.selection, rate))
 
 
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:

@@ -25,6 +25,7 @@ class ApplyConfig(BaseModel):
         "careful", description="careful trusts the schedule; explore does not"
     )
     advise: bool = Field(False, description="log decisions, apply none")
+    trials: int = Field(1, ge=1, le=100, description="steered runs; the best on selection is kept")
     steps: int | None = Field(None, ge=1, description="updates; none: the task's")
     rows: int | None = Field(None, ge=1, description="training rows; none: the task's")
     batch: int | None = Field(None, ge=1, description="rows in a batch; none: the task's")
@@ -34,7 +35,12 @@ class ApplyConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of the run")
 
     def job(self) -> Task:
-        """The task this describes."""
+        """The task this describes, if it can be steered as described."""
+        if self.advise and self.trials > 1:
+            raise BadInput(
+                f"apply: trials: {self.trials} with advise; advice steers nothing that could be "
+                "chosen from; leave out one of the two"
+            )
         changes = {
             name: value
             for name in ("steps", "rows", "batch", "max_length", "adapter", "model")
