@@ -80,6 +80,7 @@ def compare(
     *,
     runs: float,
     decades: float = 1.5,
+    offset: float | None = None,
     workers: int = 0,
     pack: int = 1,
     on_cell: OnCell | None = None,
@@ -88,11 +89,11 @@ def compare(
     """Run what the ledger lacks; all outcomes, in the order of methods, tasks and seeds.
 
     runs: every method's budget on a task, in whole runs. decades: how far from the `reference`
-    rate the user's starting rate may lie either way. workers: processes of one thread each; 0
-    takes this one. pack: cells of one family (`envs.packed`) whose runs are computed together, if
-    ``make_job`` is the plain `TorchJob`; models over `PACKED` weights run alone. With workers,
-    methods and ``make_job`` must be picklable, and a script must call this under
-    ``if __name__ == "__main__"``.
+    rate the user's starting rate may lie either way; offset: exactly how far, in its place.
+    workers: processes of one thread each; 0 takes this one. pack: cells of one family
+    (`envs.packed`) whose runs are computed together, if ``make_job`` is the plain `TorchJob`;
+    models over `PACKED` weights run alone. With workers, methods and ``make_job`` must be
+    picklable, and a script must call this under ``if __name__ == "__main__"``.
 
     A cell that raises is recorded and the others go on; `RunFailed` at the end says how many
     did. Ctrl-C stops at once; in both cases finished cells are kept: call again.
@@ -101,7 +102,9 @@ def compare(
         raise BadInput(f"comparison: runs: {runs!r} is no budget; give a number above 0")
     if workers < 0:
         raise BadInput(f"comparison: workers: {workers} is negative; give 0 or more")
-    cells = plan(methods, tasks, seeds, runs=runs, decades=decades, make_job=make_job)
+    cells = plan(
+        methods, tasks, seeds, runs=runs, decades=decades, offset=offset, make_job=make_job
+    )
     ledger = Ledger(Path(ledger_path))
     ledger.plan((cell.key, cell.description) for cell in cells)
     pending = set(ledger.pending())
@@ -135,6 +138,7 @@ def plan(
     *,
     runs: float,
     decades: float,
+    offset: float | None = None,
     make_job: MakeJob = TorchJob,
 ) -> list[Cell]:
     """The cells of a comparison. Raises `BadInput` on names, tasks or seeds given twice."""
@@ -154,24 +158,29 @@ def plan(
         for task in tasks:
             data = {"rows": workload.load(task).fingerprint, "model": weights_of(task.model)}
             for seed in map(int, seeds):
-                rate = start_rate(task, seed, decades)
+                rate = start_rate(task, seed, decades, offset)
                 description = {
                     "method": identity, "task": asdict(task), "seed": seed, "runs": runs,
                     "decades": decades, "start_rate": rate, "job": job, "code": code, "data": data,
                 }  # fmt: skip
+                if offset is not None:  # else unsaid: known cells keep their keys
+                    description["offset"] = offset
                 cells.append(Cell(method, task, seed, rate, runs, description))
     return cells
 
 
-def start_rate(task: Task, seed: int, decades: float) -> float:
+def start_rate(task: Task, seed: int, decades: float, offset: float | None = None) -> float:
     """The user's rate: `reference` times 10**u, u uniform in +-decades by hash of task and seed.
 
-    The same for every method: a cell's contestants start from the same misjudgement.
+    ``offset`` is u itself. The same for every method: a cell's contestants start from the same
+    misjudgement.
     """
     if not 0 <= decades <= 3:
         raise BadInput(f"comparison: decades: {decades!r} is not in 0 to 3")
+    if offset is not None and not -3 <= offset <= 3:
+        raise BadInput(f"comparison: offset: {offset!r} is not in -3 to 3")
     share = int(key_of({"task": asdict(task), "seed": seed})[:13], 16) / 16**13
-    rate = reference(task) * 10 ** (decades * (2 * share - 1))
+    rate = reference(task) * 10 ** (decades * (2 * share - 1) if offset is None else offset)
     return min(max(rate, RATE_FLOOR), RATE_CEILING)
 
 

@@ -157,8 +157,8 @@ def test_the_demonstrations_settings_are_valid():
         resolve(model, folder / f"{name}.yaml", {})
 
 
-@pytest.mark.parametrize("command", ["tasks", "fetch", "train", "apply", "compare", "report",
-                                     "explain"])  # fmt: skip
+@pytest.mark.parametrize("command", ["tasks", "fetch", "train", "apply", "compare", "benchmark",
+                                     "report", "explain"])  # fmt: skip
 def test_help_has_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0

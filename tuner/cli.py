@@ -5,7 +5,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.table import Table
@@ -165,6 +165,39 @@ def compare(
             run_comparison(config, loaded, out, tick)
         save_config(out, "compare", config)
         show(out)
+
+
+@app.command()
+def benchmark(
+    policies: Annotated[list[str], typer.Argument(help="policies to judge, the tuner first")],
+    suites: Annotated[
+        list[str] | None, typer.Option("--suite", help="a part of the plan; none: all of it")
+    ] = None,
+    out: Out = Path("runs/benchmark"),
+    scale: Annotated[
+        str, typer.Option("--scale", help="full, or quick: fewer seeds, runs and searchers")
+    ] = "full",
+    workers: Annotated[int, typer.Option("--workers", help="processes; 0: this one", min=0)] = 2,
+) -> None:
+    """Run the fixed plan of comparisons that the claims are judged by.
+
+    Example: `steersman benchmark runs/tuner/policy.safetensors --suite datasets --scale quick`
+
+    The page is made of its outcomes: `python benchmarks/evidence.py --run runs/benchmark`
+    """
+    from envs.errors import UnknownName, lookup
+    from tuner.benchmark import run_benchmark
+    from tuner.suites import SUITES, Scale
+    from tuner.tracking import open_policy
+
+    if scale not in get_args(Scale):
+        raise UnknownName("scale", scale, get_args(Scale))
+    chosen = [lookup(SUITES, name, "suite") for name in dict.fromkeys(suites or SUITES)]
+    loaded = [open_policy(name) for name in policies]
+    with progress("benchmark") as tick:
+        run_benchmark(chosen, loaded, out, tick, scale=cast(Scale, scale), workers=workers)
+    for suite in chosen:
+        console.print(f"{suite.name:10} {out / suite.name}  {suite.purpose}")
 
 
 @app.command()

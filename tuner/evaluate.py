@@ -27,6 +27,7 @@ from tuner.restarts import Ended, next_start
 from tuner.settings import CompareConfig
 from tuner.steer import Helm
 
+Tick = Callable[[int, int, str], None]  # done, total, a few words
 SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
 KNOTTED = ("random+knots", "tpe+knots")
 SHOWN = "cells of the latest comparison"
@@ -122,63 +123,108 @@ def make_method(name: str) -> Method:
 
 
 def run_comparison(
-    config: CompareConfig, policies: list[Policy], out: Path, tick: Callable[[int, int, str], None]
+    config: CompareConfig, policies: list[Policy], out: Path, tick: Tick, fixed: Fixed | None = None
 ) -> list[dict[str, Any]]:
-    """Run what the ledger of a run folder lacks. Policies enter as methods among others."""
-    for name in config.methods:
-        if name != "fixed":
-            make_method(name)
-    jobs = config.jobs(config.tasks)
-    once = [make_method(name) for name in config.methods if name in SINGLE]
-    searches = [make_method(name) for name in config.methods if name not in (*SINGLE, "fixed")]
-    names = ["steersman"] if len(policies) == 1 else [p.manifest.algorithm for p in policies]
-    if len(set(names)) < len(names):
-        names = [f"{p.manifest.algorithm} {p.sha256[:6]}" for p in policies]
-    for name, policy in zip(names, policies, strict=True):
-        once.append(PolicyMethod(policy, name))
-        if config.best_of:
-            searches.append(
-                PolicyMethod(policy, f"{name} best of {config.best_of}", config.best_of)
-            )
-    if config.ablations:
-        once += ablations(names, policies)
-    if not config.methods and not policies:
-        raise BadInput("compare: methods: none given; name one or give a policy")
+    """Run what the ledger of a run folder lacks. Policies enter as methods among others.
+
+    fixed: the best fixed setting, if it is known; else it is found in this folder.
+    """
+    contestants(config, policies)
     make_folder(out)
-    if "fixed" in config.methods:
-        once.append(find_fixed(config, out, tick))
-    found = []
-    for methods, seeds in ((once, config.seeds), (searches, config.search_seeds)):
-        if methods:
-            found += compare(
-                methods,
-                jobs,
-                range(config.seed, config.seed + seeds),
-                out / "ledger.sqlite",
-                runs=config.runs,
-                decades=config.decades,
-                workers=config.workers,
-                pack=config.pack,
-                on_cell=lambda done, total, cell: tick(done, total, _cell_words(cell)),
-            )
+    if "fixed" in config.methods and fixed is None:
+        fixed = find_fixed(config, out, tick)
+    found, parts = [], groups(config, policies, fixed)
+    total, before = size(config, policies), 0
+
+    def on_cell(done: int, _: int, cell: dict[str, Any]) -> None:
+        tick(before + done, total, _cell_words(cell))
+
+    for methods, seeds, offset in parts:
+        known = compare(
+            methods,
+            config.jobs(config.tasks),
+            range(config.seed, config.seed + seeds),
+            out / "ledger.sqlite",
+            runs=config.runs,
+            decades=config.decades,
+            offset=offset,
+            workers=config.workers,
+            pack=config.pack,
+            on_cell=on_cell,
+        )
+        before += len(known)
+        found += known
     keys = json.dumps([key_of(outcome["cell"]) for outcome in found])
     Ledger(out / "ledger.sqlite").set_meta(SHOWN, keys)
     return found
 
 
-def ablations(names: Sequence[str], policies: Sequence[Policy]) -> list[PolicyMethod]:
+def size(config: CompareConfig, policies: Sequence[Policy]) -> int:
+    """How many cells a comparison has, without the search for the best fixed setting."""
+    jobs, anyone = len(config.jobs(config.tasks)), grid()[0]
+    fixed = anyone if "fixed" in config.methods else None
+    return sum(len(methods) * jobs * seeds for methods, seeds, _ in groups(config, policies, fixed))
+
+
+def groups(
+    config: CompareConfig, policies: Sequence[Policy], fixed: Fixed | None = None
+) -> list[tuple[list[Method], int, float | None]]:
+    """What is compared in one go: methods, how many seeds, how far the rate is off."""
+    once, searches = contestants(config, policies)
+    once += [fixed] if fixed else []
+    sides = ((once, config.seeds), (searches, config.search_seeds))
+    return [(methods, seeds, offset) for methods, seeds in sides if methods
+            for offset in config.offsets or (None,)]  # fmt: skip
+
+
+def contestants(
+    config: CompareConfig, policies: Sequence[Policy]
+) -> tuple[list[Method], list[Method]]:
+    """Those of one run, without ``fixed``, and those that spend the whole budget."""
+    for name in config.methods:
+        if name != "fixed":
+            make_method(name)
+    config.jobs(config.tasks)
+    if not config.methods and not policies:
+        raise BadInput("compare: methods: none given; name one or give a policy")
+    once = [make_method(name) for name in config.methods if name in SINGLE]
+    searches = [make_method(name) for name in config.methods if name not in (*SINGLE, "fixed")]
+    names = names_of(policies)
+    for name, policy in zip(names, policies, strict=True):
+        once.append(PolicyMethod(policy, name, mode=config.mode))
+        if config.best_of:
+            several = f"{name} best of {config.best_of}"
+            searches.append(PolicyMethod(policy, several, config.best_of, config.mode))
+    if config.ablations:
+        once += ablations(names, policies, config.mode)
+    return once, searches
+
+
+def names_of(policies: Sequence[Policy]) -> list[str]:
+    """What each policy is called in a comparison: ``steersman`` if it is the only one."""
+    if len(policies) == 1:
+        return ["steersman"]
+    algorithms: list[str] = [policy.manifest.algorithm for policy in policies]
+    if len(set(algorithms)) == len(algorithms):
+        return algorithms
+    return [f"{policy.manifest.algorithm} {policy.sha256[:6]}" for policy in policies]
+
+
+def ablations(
+    names: Sequence[str], policies: Sequence[Policy], mode: str = "explore"
+) -> list[PolicyMethod]:
     """Each policy without its eyes, and what needs no policy; random actions are of the first's."""
     if not policies:
         raise BadInput("compare: ablations: of no policy; give one")
-    shuffled = [
-        PolicyMethod(Shuffled(policy), f"{name} shuffled")
-        for name, policy in zip(names, policies, strict=True)
-    ]
-    chance = RandomActions(policies[0].manifest.actions)
-    return [*shuffled, PolicyMethod(chance, "random-actions"), PolicyMethod(Rule(), "rule")]
+    blind: list[tuple[Ablation, str]] = [
+        *((Shuffled(p), f"{name} shuffled") for name, p in zip(names, policies, strict=True)),
+        (RandomActions(policies[0].manifest.actions), "random-actions"),
+        (Rule(), "rule"),
+    ]  # fmt: skip
+    return [PolicyMethod(pilot, name, mode=mode) for pilot, name in blind]
 
 
-def find_fixed(config: CompareConfig, out: Path, tick: Callable[[int, int, str], None]) -> Fixed:
+def find_fixed(config: CompareConfig, out: Path, tick: Tick) -> Fixed:
     """The best fixed setting on the tuner's own training tasks, through a ledger of its own."""
     candidates = grid()
     found = compare(

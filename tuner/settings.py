@@ -86,6 +86,12 @@ class CompareConfig(BaseModel):
         False, description="also the policy with shuffled observations, random actions and a rule"
     )
     decades: float = Field(1.5, ge=0, le=3, description="how far starting rates are misjudged")
+    offsets: tuple[float, ...] = Field(
+        (), description="in its place: exact misjudgements in decades, each in cells of its own"
+    )
+    mode: Literal["careful", "explore"] = Field(
+        "explore", description="how far steered runs may go; careful trusts the starting rate"
+    )
     steps: int | None = Field(None, ge=1, description="updates of a run; none: the task's")
     workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
     pack: int = Field(8, ge=1, le=1024, description="runs of small models computed together")

