@@ -113,7 +113,8 @@ def styles(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     for kind, marks in (("steered", "oDH"), ("search", "s^vPX*"), ("schedule", "<>dph8")):
         names = [r["name"] for r in summary["methods"] if r["kind"] == kind]
         for i, name in enumerate(n for n in names if n != summary["reference"]):
-            found[name] = COLOURS[kind][i % len(COLOURS[kind])], marks[i % len(marks)]
+            lap, colours = i // len(COLOURS[kind]), COLOURS[kind]  # a second lap has other marks
+            found[name] = colours[i % len(colours)], marks[(i + lap) % len(marks)]
         found |= {name: (SOFT, "o") for name in names if name == summary["reference"]}
     return found
 
@@ -141,7 +142,7 @@ def draw_all(
                 key,
                 title,
                 f"Test accuracy against runs spent: {ends}",
-                partial(_draw_quality, curves=curves, style=style),
+                partial(draw_quality, curves=curves, style=style),
                 legend=True,
             )
     if summary["match"]:
@@ -149,7 +150,7 @@ def draw_all(
         drawn["match"] = _picture("match", "Trials that one steered run is worth",
             "; ".join(f"{name}: {trials(m['median'])} in the median task"
                       for name, m in summary["match"].items()),
-            partial(_draw_match, summary=summary, style=style), legend=True,
+            partial(draw_match, summary=summary, style=style), legend=True,
             height=0.9 + rows * (0.2 + 0.13 * len(summary["match"])))  # fmt: skip
     for run in runs:
         turns = [label for _, label, _ in run["decisions"] if label != "keep"]
@@ -164,20 +165,24 @@ def draw_all(
     return drawn
 
 
-def _picture(name: str, title: str, alt: str, draw: Any, *, height: float = 3.6,
-             legend: bool = False) -> Picture:  # fmt: skip
-    """Drawn once; the page's copy takes its text and line colours from the style sheet."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    look = {
+def look(name: str) -> dict[str, Any]:
+    """How a figure of that name is drawn."""
+    return {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif",
         "axes.edgecolor": LINE, "axes.labelcolor": INK, "text.color": INK, "xtick.color": LINE,
         "ytick.color": LINE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": LINE, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
     }  # fmt: skip
-    with rc_context(look):
+
+
+def _picture(name: str, title: str, alt: str, draw: Any, *, height: float = 3.6,
+             legend: bool = False) -> Picture:  # fmt: skip
+    """Drawn once; the page's copy takes its text and line colours from the style sheet."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(look(name)):
         figure = Figure(figsize=(5.6, height), layout="constrained")
         draw(figure)
         text, binary = io.StringIO(), io.BytesIO()
@@ -233,7 +238,8 @@ def _draw_final(figure: Any, summary: Mapping[str, Any], style: Mapping[str, Any
     axes.grid(visible=False, axis="y")
 
 
-def _draw_quality(figure: Any, curves: Mapping[str, Any], style: Mapping[str, Any]) -> None:
+def draw_quality(figure: Any, curves: Mapping[str, Any], style: Mapping[str, Any]) -> None:
+    """The best so far against runs spent; single runs side by side at what they cost."""
     axes = figure.add_subplot()
     singles = [name for name, curve in curves.items() if len(curve["runs"]) == 1]
     for name, curve in list(curves.items())[::-1]:
@@ -259,7 +265,8 @@ def _draw_quality(figure: Any, curves: Mapping[str, Any], style: Mapping[str, An
     _axis(axes, runs=True)
 
 
-def _draw_match(figure: Any, summary: Mapping[str, Any], style: Mapping[str, Any]) -> None:
+def draw_match(figure: Any, summary: Mapping[str, Any], style: Mapping[str, Any]) -> None:
+    """Trials to match in each task and in the median one."""
     axes = figure.add_subplot()
     names = [task["name"] for task in summary["tasks"]][::-1]
     for i, (search, match) in enumerate(summary["match"].items()):

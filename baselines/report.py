@@ -23,19 +23,21 @@ REFERENCE = "keep"  # the user's own schedule
 
 
 def summarise(
-    outcomes: Iterable[Outcome], training: Sequence[Mapping[str, Any]] = ()
+    outcomes: Iterable[Outcome],
+    training: Sequence[Mapping[str, Any]] = (),
+    ours: str | None = None,
 ) -> dict[str, Any]:
     """The comparison in numbers, JSON-ready but for NaN and inf; scores are shares of 1.
 
     A method's score in a cell is the test accuracy of its selection-best trial; one without a
-    trial has failed. Chances and harm are over the cells that both methods have.
+    trial has failed. Chances and harm are over the cells that both methods have. ours: the
+    steered method that the others are set against; by default the one that spends least.
     """
-    table: Table = {}
-    for outcome in outcomes:
-        table.setdefault(str(outcome["method"]), {})[_cell(outcome)] = outcome
+    table = table_of(outcomes)
     cells = {cell for runs in table.values() for cell in runs}
-    steered = [name for name, runs in table.items() if any(o.get("steered") for o in runs.values())]
-    ours = min(steered, key=lambda name: _mean(table[name], _runs), default=None)
+    steered = steered_of(table)
+    if ours is None:
+        ours = min(steered, key=lambda name: _mean(table[name], runs_of), default=None)
     rows = [_row(name, table, ours, name in steered, len(cells)) for name in table]
     rows.sort(key=lambda row: (("steered", "search", "schedule").index(row["kind"]),
                                row["name"] != ours, -row["test"]["point"]))  # fmt: skip
@@ -43,8 +45,8 @@ def summarise(
         {
             "name": task,
             "role": _role(task, table),
-            "tests": {row["name"]: _interval(_scores(table[row["name"]], task)) for row in rows
-                      if _scores(table[row["name"]], task)},
+            "tests": {row["name"]: interval_of(scores_of(table[row["name"]], task)) for row in rows
+                      if scores_of(table[row["name"]], task)},
             "curves": _curves(table, rows, task),
         }
         for task in sorted({cell[0] for cell in cells})
@@ -56,16 +58,29 @@ def summarise(
         "methods": rows,
         "tasks": tasks,
         "curves": _curves(table, rows),
-        "match": {name: _match(table[ours], table[name]) for name in searches} if ours else {},
-        "harm": _harm(table, ours),
+        "match": {name: match_of(table[ours], table[name]) for name in searches} if ours else {},
+        "harm": harm_of(table, ours),
         "cells": len(cells),
         "seeds": sorted({cell[1] for cell in cells}),
         "rates": sorted({cell[2] for cell in cells}),
         "trials": sum(row["trials"] for row in rows),
         "seconds": sum(float(o["seconds"]) for runs in table.values() for o in runs.values()),
     }
-    summary["cost"] = _cost(summary, training)
+    summary["cost"] = cost_of(summary, training)
     return summary | {"verdict": verdict(summary), "table": _table(summary)}
+
+
+def table_of(outcomes: Iterable[Outcome]) -> Table:
+    """Outcomes by method and cell."""
+    table: Table = {}
+    for outcome in outcomes:
+        table.setdefault(str(outcome["method"]), {})[_cell(outcome)] = outcome
+    return table
+
+
+def steered_of(table: Table) -> list[str]:
+    """Methods that a learned tuner steers."""
+    return [name for name, runs in table.items() if any(o.get("steered") for o in runs.values())]
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
@@ -122,7 +137,8 @@ def _cell(outcome: Outcome) -> Cell:
     return str(outcome["task"]), int(outcome["seed"]), float(outcome["start_rate"])
 
 
-def _runs(outcome: Outcome) -> float:
+def runs_of(outcome: Outcome) -> float:
+    """Whole runs' worth of budget that were spent."""
     return float(outcome["spent"] / outcome["run_cost"])
 
 
@@ -147,34 +163,35 @@ def _trace(outcome: Outcome) -> tuple[stats.Array, stats.Array]:
     return spent, stats.running_best([t["selection"] for t in handed], tests)
 
 
-def _score(outcome: Outcome, runs: float = math.inf) -> float:
+def score_of(outcome: Outcome, runs: float = math.inf) -> float:
     """Test score after that many runs' worth of budget, but of one trial at least."""
     spent, best = _trace(outcome)
     return float(best[max(1, int(np.sum(spent <= runs + 1e-9))) - 1]) if best.size else math.nan
 
 
-def _scores(runs: Mapping[Cell, Outcome], task: str | None = None) -> list[stats.Array]:
+def scores_of(runs: Mapping[Cell, Outcome], task: str | None = None) -> list[stats.Array]:
     """Final scores, one array per task."""
     groups: dict[str, list[float]] = {}
     for cell in sorted(runs):
         if task in (None, cell[0]):
-            groups.setdefault(cell[0], []).append(_score(runs[cell]))
+            groups.setdefault(cell[0], []).append(score_of(runs[cell]))
     return [np.array(group) for group in groups.values()]
 
 
-def _interval(jobs: list[stats.Array]) -> dict[str, float]:
+def interval_of(jobs: list[stats.Array]) -> dict[str, float]:
+    """IQM of scores, one array per job, with its stratified bootstrap interval."""
     return {key: column[0] for key, column in _bands([job[:, None] for job in jobs]).items()}
 
 
-def _paired(
+def paired(
     ours: Mapping[Cell, Outcome], other: Mapping[Cell, Outcome], equal: bool = False
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Scores of both in the cells that both have, by task; the other's at our spend if equal."""
     groups: dict[str, tuple[list[float], list[float]]] = {}
     for cell in sorted(ours.keys() & other.keys()):
         pair = groups.setdefault(cell[0], ([], []))
-        pair[0].append(_score(ours[cell]))
-        pair[1].append(_score(other[cell], _runs(ours[cell]) if equal else math.inf))
+        pair[0].append(score_of(ours[cell]))
+        pair[1].append(score_of(other[cell], runs_of(ours[cell]) if equal else math.inf))
     return [pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()]
 
 
@@ -186,7 +203,7 @@ def _row(name: str, table: Table, ours: str | None, steered: bool,
     chances: dict[str, Any] = {"chance": None, "chance_equal": None}
     if ours and name != ours and runs.keys() & table[ours].keys():
         for key, equal in (("chance", False), ("chance_equal", True)):
-            pair = _paired(table[ours], runs, equal)
+            pair = paired(table[ours], runs, equal)
             chance = stats.probability_of_improvement(*pair, paired=True, n=RESAMPLES)
             chances[key] = asdict(chance)
     return {
@@ -194,8 +211,8 @@ def _row(name: str, table: Table, ours: str | None, steered: bool,
         "kind": "steered" if steered else "search" if several else "schedule",
         "cells": len(runs),
         "missing": cells - len(runs),
-        "runs": _mean(runs, _runs),
-        "test": _interval(_scores(runs)),
+        "runs": _mean(runs, runs_of),
+        "test": interval_of(scores_of(runs)),
         **chances,
         "trials": len(handed),
         "diverged": sum(trial["state"] == "diverged" for trial in handed),
@@ -250,7 +267,7 @@ def _bands(jobs: list[stats.Array]) -> dict[str, list[float]]:
     return {"low": low.tolist(), "point": point.tolist(), "high": high.tolist()}
 
 
-def _match(ours: Mapping[Cell, Outcome], search: Mapping[Cell, Outcome]) -> dict[str, Any]:
+def match_of(ours: Mapping[Cell, Outcome], search: Mapping[Cell, Outcome]) -> dict[str, Any]:
     """Trials to match in each task and in the median one."""
     found: dict[str, stats.TrialsToMatch] = {}
     for task in sorted({cell[0] for cell in ours} & {cell[0] for cell in search}):
@@ -259,7 +276,9 @@ def _match(ours: Mapping[Cell, Outcome], search: Mapping[Cell, Outcome]) -> dict
         if studies:
             pools = [[np.array([t[k] for t in s], float) for s in studies]
                      for k in ("selection", "test")]  # fmt: skip
-            found[task] = stats.trials_to_match(_scores(ours, task)[0], *pools, resamples=RESAMPLES)
+            found[task] = stats.trials_to_match(
+                scores_of(ours, task)[0], *pools, resamples=RESAMPLES
+            )
     asked = {task: asdict(match.interval) | {"n_max": match.n_max} for task, match in found.items()}
     if not found:
         nothing = dict.fromkeys(("low", "point", "high"), math.nan)
@@ -274,10 +293,11 @@ def _whole(handed: Sequence[Outcome]) -> Sequence[Outcome]:
     return handed[:-1] if pruned and pruned[-1] and not any(pruned[:-1]) else handed
 
 
-def _harm(table: Table, ours: str | None) -> dict[str, Any] | None:
+def harm_of(table: Table, ours: str | None) -> dict[str, Any] | None:
+    """How often, in how many cells and by how much a method is worse than the reference."""
     if ours is None or REFERENCE not in table:
         return None
-    got, base = _paired(table[ours], table[REFERENCE])
+    got, base = paired(table[ours], table[REFERENCE])
     if not got:
         return None
     regret = np.nan_to_num(np.concatenate(base)) - np.nan_to_num(np.concatenate(got))
@@ -285,25 +305,23 @@ def _harm(table: Table, ours: str | None) -> dict[str, Any] | None:
             "worst": float(regret.max())}  # fmt: skip
 
 
-def _cost(
-    summary: Mapping[str, Any], training: Sequence[Mapping[str, Any]]
-) -> dict[str, float | None]:
+def cost_of(summary: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Training cost of the agent, and after how many jobs it has paid for itself.
 
     Break-even: training / ((trials to match - 1) x seconds of a run), with the searcher that
-    needs the fewest trials; None where steering saves nothing.
+    needs the fewest trials, ``search``; None where steering saves nothing.
     """
     seconds = float(sum(line.get("seconds") or 0 for line in training)) if training else None
     finite = [(m["median"]["point"], m["median"]["n_max"], name)
               for name, m in summary["match"].items() if m["median"]["n_max"]]  # fmt: skip
     if not seconds or not finite:
-        return {"training_seconds": seconds, "run_seconds": None, "jobs": None}
+        return {"training_seconds": seconds, "run_seconds": None, "jobs": None, "search": None}
     worth, most, name = min(finite)
     row = next(row for row in summary["methods"] if row["name"] == name)
     run = row["seconds"] / row["runs"]
     saved = (min(worth, most) - 1) * run
     jobs = math.ceil(seconds / saved) if saved > 0 else None
-    return {"training_seconds": seconds, "run_seconds": run, "jobs": jobs}
+    return {"training_seconds": seconds, "run_seconds": run, "jobs": jobs, "search": name}
 
 
 def provenance(outcomes: Iterable[Outcome]) -> dict[str, dict[str, Any]]:
@@ -352,21 +370,21 @@ def write(
     """Write ``report.html``, ``summary.json`` and ``figures/*.png`` in a folder -> the summary."""
     runs = list(outcomes)
     summary = summarise(runs, training)
-    pictures = figures.draw_all(summary, figures.traces(runs, summary, steered, _score), training)
+    pictures = figures.draw_all(summary, figures.traces(runs, summary, steered, score_of), training)
     for name, picture in pictures.items():
         file = re.sub(r"[^\w.-]+", "-", name)
         write_atomic(folder / "figures" / f"{file}.png", picture.png)
     page = render(summary, pictures, provenance(runs) | dict(facts or {}))
     write_atomic(folder / "report.html", page.encode())
-    text = json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
     write_atomic(folder / "summary.json", text.encode())
     return summary
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null; for trials to match, ``n_max`` tells which."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -115,7 +115,7 @@ def test_curve_is_the_best_so_far(summary):
 def test_interval_agrees_with_stats():
     rng = np.random.default_rng(1)
     jobs = [rng.normal(size=9), rng.normal(size=7)]
-    got, want = report._interval(jobs), stats.bootstrap(stats.iqm, jobs)
+    got, want = report.interval_of(jobs), stats.bootstrap(stats.iqm, jobs)
     assert got["point"] == pytest.approx(want.point)
     assert got["low"] == pytest.approx(want.low, abs=0.12)
     assert got["high"] == pytest.approx(want.high, abs=0.12)
@@ -256,6 +256,6 @@ def test_nothing_to_report():
 
 def test_running_best_follows_selection_not_test():
     handed = [trial(0.9, selection=0.1, spent=100.0), trial(0.4, selection=0.2, spent=200.0)]
-    assert report._score(outcome("random", "a", 0, handed)) == 0.4
-    assert report._score(outcome("random", "a", 0, handed), runs=1.0) == 0.9
-    assert report._score(outcome("random", "a", 0, handed), runs=0.1) == 0.9
+    assert report.score_of(outcome("random", "a", 0, handed)) == 0.4
+    assert report.score_of(outcome("random", "a", 0, handed), runs=1.0) == 0.9
+    assert report.score_of(outcome("random", "a", 0, handed), runs=0.1) == 0.9

@@ -1,0 +1,236 @@
+"""Evidence: docs/evidence.md with its figures, from the raw outcomes of `steersman benchmark`.
+
+    python benchmarks/evidence.py --run runs/benchmark
+
+The outcomes become results/evidence.json, and the page is made of that file alone; without
+``--run`` it is made anew. What the outcomes lack is called "not measured".
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from page import DOCS, table
+from record import RESULTS, record
+from verdicts import UNKNOWN, Suite, jobs_in_words, losses, policy, rows
+
+from baselines import plates, report
+from baselines.evidence import measure
+from baselines.figures import percent, spread, trials
+from tuner.benchmark import finished
+from tuner.suites import PLAN, SUITES
+
+HEAD = """# Evidence
+
+What a trained tuner is worth on jobs it has never seen. `steersman benchmark POLICY` runs the plan,
+`python benchmarks/evidence.py --run runs/benchmark` makes `benchmarks/results/evidence.json` of the
+raw outcomes, and this page of that file alone. A suite that has not been run to its end is not
+measured.
+
+- A method's result in a cell (a job and a seed) is the test accuracy of its selection-best trial.
+  Test rows are read once, by the referee. In a cell all methods have the same initial weights, data
+  order and misjudged starting rate, and every update and evaluated row is charged.
+- **Trials to match**: the smallest N for which the expected test score of the selection-best of N
+  trials reaches that of one steered run, by the order statistics of all trials of a searcher, which
+  is unbiased where trials are exchangeable (random search). "> 32" is more than were tried. TPE
+  draws its first 10 trials at random: a TPE of 10 trials is random search.
+- **Probability of improvement**: over cells, paired; ties count half, jobs the same.
+- **Normalised score**: 0 is the mean of the user's own schedule (`keep`), 1 the oracle: the best
+  test score of any trial of any method and seed on that job. No method could have chosen it, and it
+  is higher the more methods took part.
+- **Harm**: worse than `keep` by more than 1 % of it or 2 standard deviations over seeds, whichever
+  is less. Shares have exact binomial intervals; all other intervals are 95 % bootstrap intervals
+  that draw seeds again within jobs, and with few seeds are narrower than that.
+- **Mean ranks** are over cells; bars join methods that Wilcoxon's signed-rank test, adjusted after
+  Holm, does not tell apart. Cells of one job count as independent, which they are only in part.
+"""
+LOSES = """## Where the tuner loses
+
+Jobs and methods where a steered method is more often behind than ahead: at the end of the other's
+whole budget, or when both have spent the same (a search has at least its first trial). Made of the
+outcomes of all suites that were run.
+"""
+METHODS = ("method", "runs", "test accuracy", "normalised", "steered is better", "at equal spend",
+           "trials to match", "diverged", "rows", "seconds")  # fmt: skip
+
+
+def gather(run: Path) -> dict[str, Suite]:
+    """The figures of every finished suite of a benchmark's folder."""
+    found = {}
+    for name, suite in finished(run, SUITES).items():
+        outcomes = suite.pop("outcomes")
+        found[name] = suite | {"figures": measure(outcomes, suite["policies"])}
+    return found
+
+
+def page(suites: Mapping[str, Suite], docs: Path) -> str:
+    """The page's text; its figures are written to ``docs/evidence``."""
+    parts = [HEAD, "## Verdict", table(("claim", "bar", "figure", "suite"), rows(suites))]
+    folder = docs / "evidence"
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    for name, suite in SUITES.items():
+        parts += [f"## {name}", suite.purpose]
+        parts += section(name, suites[name], folder) if name in suites else [f"{name}: {UNKNOWN}."]
+    lost = list(losses(suites))
+    head = ("suite", "method", "job", "against", "its runs", "whole budget", "equal spend", "cells")
+    shown = table(head, lost) if lost else "Nowhere." if suites else f"Losses: {UNKNOWN}."
+    parts += [LOSES, shown, machines(suites)]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def section(name: str, suite: Suite, folder: Path) -> list[str]:
+    """One suite: who took part, tables, pictures, harm, cost."""
+    parts = [taking_part(suite), methods(suite), worth(suite)]
+    for kind, plate in plates.draw(suite["figures"]).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}-{kind}.svg").write_bytes(plate.svg)
+        parts.append(f"![{name}: {plate.title}](evidence/{name}-{kind}.svg)")
+    return [*parts, harm(suite), ablations(suite), offsets(suite), cost(suite)]
+
+
+def taking_part(suite: Suite) -> str:
+    """Jobs, seeds, budget and policies."""
+    figures, config = suite["figures"], suite["config"]
+    who = ", ".join(f"{p['name']} ({p['algorithm']}, sha256 {p['sha256'][:12]})"
+                    for p in suite["policies"])  # fmt: skip
+    stale = "" if suite["plan"] == PLAN else f", of plan {suite['plan']}, not {PLAN}"
+    return (
+        f"Scale {suite['scale']}{stale}. {figures['cells']} cells: "
+        f"{', '.join(task['name'] for task in figures['tasks'])}; "
+        f"{len(figures['seeds'])} seeds from {min(figures['seeds'])}; mode {config['mode']}; "
+        f"a budget of {config['runs']:g} runs. Steered by {who}."
+    )
+
+
+def methods(suite: Suite) -> str:
+    """Every method beside the tuner."""
+    figures = suite["figures"]
+    scores = (figures["normalised"] or {"methods": {}})["methods"]
+    told = []
+    for row in figures["methods"]:
+        match = figures["match"].get(row["name"])
+        score = scores.get(row["name"])
+        told.append((
+            row["name"], f"{row['runs']:.3g}", spread(row["test"]),
+            f"{score['point']:.2f} ({score['low']:.2f} to {score['high']:.2f})" if score else "",
+            *(spread(row[key]) if row[key] else "" for key in ("chance", "chance_equal")),
+            trials(match["median"]) if match and match["median"]["n_max"] else "",
+            f"{row['diverged']} of {row['trials']}", f"{row['rows']:,.0f}", f"{row['seconds']:.1f}",
+        ))  # fmt: skip
+    said = "Interquartile means over cells; rows and seconds are those of a cell."
+    return f"{said}\n\n{table(METHODS, told)}"
+
+
+def worth(suite: Suite) -> str:
+    """Trials to match of each policy: every job against every searcher."""
+    tasks = [task["name"] for task in suite["figures"]["tasks"]]
+    told = []
+    for name, found in suite["figures"]["judged"].items():
+        for search, match in found["match"].items():
+            numbers = (match["tasks"].get(task) for task in tasks)
+            told.append((name, search, trials(match["median"]) if match["median"]["n_max"] else "",
+                         *(trials(n) if n and n["n_max"] else "" for n in numbers)))  # fmt: skip
+    if not told:
+        return ""
+    return f"Trials to match:\n\n{table(('policy', 'searcher', 'median job', *tasks), told)}"
+
+
+def harm(suite: Suite) -> str:
+    """Harm, divergence and worst-case regret of every steered method."""
+    told = []
+    for name, found in suite["figures"]["judged"].items():
+        worse, diverged = found["harm"], found["diverged"]
+        told.append((
+            name,
+            f"{worse['count']} of {worse['of']}: {spread(worse)}" if worse else UNKNOWN,
+            f"{diverged['count']} of {diverged['of']}: {spread(diverged)}",
+            f"{100 * worse['worst']:.1f} points" if worse else UNKNOWN,
+        ))  # fmt: skip
+    head = ("steered", "harm", "diverged", "worst regret against `keep`")
+    return table(head, told) if told else ""
+
+
+def ablations(suite: Suite) -> str:
+    """The tuner against itself without its eyes, and against what needs no learning."""
+    name, figures = policy(suite), suite["figures"]
+    if name is None:
+        return ""
+    others = (f"{name} shuffled", "random-actions", "rule")
+    chances = figures["judged"][name]["chance"]
+    told = [(other, spread(chances[other])) for other in others if chances.get(other)]
+    return f"Ablations:\n\n{table(('in its place', f'{name} is better'), told)}" if told else ""
+
+
+def offsets(suite: Suite) -> str:
+    """What exactly misjudged rates cost of the result from the right one."""
+    found = suite["figures"]["offsets"]
+    if not found:
+        return ""
+    places = list(next(iter(found.values()))["lost"])
+    told = [(name, *(f"{percent(of['lost'][place])} %" for place in places), spread(of["worst"]))
+            for name, of in found.items()]  # fmt: skip
+    words = ("Share of the result from the right rate that is lost, by decades from it: the mean "
+             "over jobs of what medians over seeds lose.")  # fmt: skip
+    return f"{words}\n\n{table(('method', *places, 'the worst'), told)}"
+
+
+def cost(suite: Suite) -> str:
+    """What training the tuner took, and after how many jobs it is paid for."""
+    told = []
+    for name, found in suite["figures"]["judged"].items():
+        jobs = found["cost"]["break_even"]
+        if jobs:
+            told.append((name, f"{found['cost']['training_seconds']:,.0f} s",
+                         f"{found['cost']['run_seconds']:.2f} s", found["cost"]["search"],
+                         jobs_in_words(jobs)))  # fmt: skip
+    head = ("policy", "training", "a run", "cheapest searcher", "break-even jobs")
+    return table(head, told) if told else ""
+
+
+def machines(suites: Mapping[str, Suite]) -> str:
+    """What each suite ran on."""
+    told = []
+    for name, suite in suites.items():
+        known = suite["figures"]["provenance"]
+        versions = ", ".join(f"{k} {v}" for k, v in known.get("Versions", {}).items())
+        told.append((name, known.get("Hardware", {}).get("device", ""), versions,
+                     f"{suite['figures']['seconds']:,.0f}"))  # fmt: skip
+    head = ("suite", "machine", "versions", "seconds of all cells")
+    return f"## Machines\n\n{table(head, told)}" if told else ""
+
+
+def revive(value: Any, unknown: float = math.nan) -> Any:
+    """Undo `report.finite`. A null is no score; more than were tried (``n_max``); or never."""
+    if isinstance(value, list):
+        return [math.nan if item is None else revive(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    unknown = math.inf if "n_max" in value else unknown
+    return {
+        key: unknown if item is None and key in ("low", "point", "high")
+        else revive(item, math.inf if key == "break_even" else math.nan)
+        for key, item in value.items()
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Write the figures, if a run is given, and the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="folder of `steersman benchmark`")
+    arguments = parser.parse_args()
+    if arguments.run:
+        suites = gather(arguments.run)
+        seeds = {name: suite["figures"]["seeds"] for name, suite in suites.items()}
+        record("evidence", report.finite({"plan": PLAN, "suites": suites}), seeds=seeds)
+    path = RESULTS / "evidence.json"
+    known = json.loads(path.read_text())["suites"] if path.exists() else {}
+    (DOCS / "evidence.md").write_text(page(revive(known), DOCS))
+    print(DOCS / "evidence.md")
+
+
+if __name__ == "__main__":
+    main()
