@@ -269,13 +269,14 @@ def draw_match(figure: Any, summary: Mapping[str, Any], style: Mapping[str, Any]
     """Trials to match in each task and in the median one."""
     axes = figure.add_subplot()
     names = [task["name"] for task in summary["tasks"]][::-1]
+    step = min(0.16, 0.8 / max(1, len(summary["match"])))
     for i, (search, match) in enumerate(summary["match"].items()):
         colour, mark = style[search]
         found = match["tasks"] | {"median task": match["median"]}
         for y, number in enumerate(found.get(name) for name in (*names, "median task")):
             if not number or not number["n_max"]:
                 continue
-            most, place = number["n_max"], y + 0.16 * ((len(summary["match"]) - 1) / 2 - i)
+            most, place = number["n_max"], y + step * ((len(summary["match"]) - 1) / 2 - i)
             low, point, high = (min(number[k], most * 1.15) for k in ("low", "point", "high"))
             axes.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="round")
             axes.plot([point], [place], mark, color=colour, ms=6, label=search if not y else None)

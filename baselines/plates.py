@@ -1,6 +1,7 @@
 """Plates: the pictures of a suite's evidence, as SVG files."""
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ def draw(suite: Evidence) -> dict[str, Plate]:
         drawn["match"] = _plate(
             "Trials that one steered run is worth",
             partial(draw_match, summary=suite, style=style),
-            0.9 + rows * (0.2 + 0.13 * len(suite["match"])) + 0.22 * -(-len(suite["match"]) // 3),
+            0.9 + rows * (0.2 + 0.08 * len(suite["match"])) + 0.22 * -(-len(suite["match"]) // 3),
             legend=True,
         )
     if suite["match"]:
@@ -68,7 +69,8 @@ def _plate(
             entries = figure.axes[0].get_legend_handles_labels()
             figure.legend(*entries, loc="outside lower center", ncols=3, fontsize=8)
         figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None})
-    lines = (line.rstrip() for line in buffer.getvalue().splitlines())
+    short = re.sub(rb"(\d+\.\d\d)\d+", rb"\1", buffer.getvalue())  # hundredths of a point
+    lines = (line.rstrip() for line in short.splitlines())
     return Plate(title, b"\n".join(lines) + b"\n")
 
 

@@ -42,8 +42,9 @@ measured.
   test score of any trial of any method and seed on that job. No method could have chosen it, and it
   is higher the more methods took part.
 - **Harm**: worse than `keep` by more than 1 % of it or 2 standard deviations over seeds, whichever
-  is less. Shares have exact binomial intervals; all other intervals are 95 % bootstrap intervals
-  that draw seeds again within jobs, and with few seeds are narrower than that.
+  is less; with two or three seeds the deviation says little. Shares have exact binomial intervals;
+  all other intervals are 95 % bootstrap intervals that draw seeds again within jobs, and with few
+  seeds are narrower than that.
 - **Mean ranks** are over cells; bars join methods that Wilcoxon's signed-rank test, adjusted after
   Holm, does not tell apart. Cells of one job count as independent, which they are only in part.
 """
@@ -196,7 +197,9 @@ def machines(suites: Mapping[str, Suite]) -> str:
     told = []
     for name, suite in suites.items():
         known = suite["figures"]["provenance"]
-        versions = ", ".join(f"{k} {v}" for k, v in known.get("Versions", {}).items())
+        versions = ", ".join(
+            f"{k} {v}" for k, v in known.get("Versions", {}).items() if k != "code"
+        )
         told.append((name, known.get("Hardware", {}).get("device", ""), versions,
                      f"{suite['figures']['seconds']:,.0f}"))  # fmt: skip
     head = ("suite", "machine", "versions", "seconds of all cells")
@@ -223,6 +226,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of `steersman benchmark`")
     arguments = parser.parse_args()
     if arguments.run:
+        if not arguments.run.is_dir():
+            parser.error(f"{arguments.run}: no such folder; give the --out of the benchmark")
         suites = gather(arguments.run)
         seeds = {name: suite["figures"]["seeds"] for name, suite in suites.items()}
         record("evidence", report.finite({"plan": PLAN, "suites": suites}), seeds=seeds)

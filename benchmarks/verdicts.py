@@ -35,9 +35,11 @@ class Bar:
         found = self.read(suites[self.suite]) if self.suite in suites else None
         if found is None:
             return UNKNOWN
+        scale = suites[self.suite]["scale"]
+        shown = found.shown if scale == "full" else f"{found.shown}, at scale {scale}"
         if found.holds is None:
-            return f"{found.shown}: too few trials to tell"
-        return found.shown if found.holds else f"**{found.shown}: missed**"
+            return f"{shown}: too few trials to tell"
+        return shown if found.holds else f"**{shown}: missed**"
 
 
 def policy(suite: Suite, algorithm: str | None = None) -> str | None:

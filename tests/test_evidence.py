@@ -18,6 +18,7 @@ from tuner.suites import PLAN, SUITES
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # scripts, run from their folder
 
 import evidence as book
+import record
 import verdicts
 
 TASKS = ("bbc/tiny-32", "health/tiny-32")
@@ -93,7 +94,9 @@ def test_trials_to_match_is_that_of_stats(good):
 
 def test_more_than_were_tried_is_no_proof_of_a_higher_bar():
     few = suite(several(0.80, size=6), scale="quick")
-    assert verdict_of("trials of TPE", datasets=few) == "> 6 (> 6 to > 6): too few trials to tell"
+    assert verdict_of("trials of TPE", datasets=few) == (
+        "> 6 (> 6 to > 6), at scale quick: too few trials to tell"
+    )
     assert verdict_of("the same on a held-out", model=few).endswith("too few trials to tell")
     ten = suite(several(0.80, size=10))
     assert verdict_of("the same on a held-out", model=ten) == "> 10 (> 10 to > 10)"
@@ -280,7 +283,7 @@ def test_a_failed_run_is_written_and_not_hidden(tmp_path):
     assert found["figures"]["judged"]["steersman"]["harm"]["count"] == 2
 
 
-def test_outcomes_of_a_ledger_are_gathered(tmp_path):
+def test_outcomes_of_a_ledger_become_the_json_and_the_page(tmp_path, monkeypatch):
     (tmp_path / "careful").mkdir()
     ledger = Ledger(tmp_path / "careful" / "ledger.sqlite")
     cells = [o for o in several(0.8) if o["method"] in ("steersman", "keep")]
@@ -288,8 +291,26 @@ def test_outcomes_of_a_ledger_are_gathered(tmp_path):
         ledger.plan([(str(number), {"task": {"dataset": o["task"]}})])
         ledger.commit(str(number), o)
     assert book.gather(tmp_path) == {}, "unfinished"
-    about = {"plan": PLAN, "scale": "full", "purpose": "Why.", "policies": [TUNER], "config": {}}
+    about = {"plan": PLAN, "scale": "full", "purpose": "Why.", "policies": [TUNER],
+             "config": SUITES["careful"].full.model_dump(mode="json")}  # fmt: skip
     ledger.set_meta("suite", about)
     ledger.set_meta("cells of the latest comparison", json.dumps([str(n) for n in range(20)]))
     found = book.gather(tmp_path)
     assert found["careful"]["figures"]["judged"]["steersman"]["harm"]["of"] == 10
+    monkeypatch.setattr(book, "DOCS", tmp_path)
+    for module in (book, record):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--run", str(tmp_path)])
+    book.main()
+    text = (tmp_path / "evidence.md").read_text()
+    assert "0.0 % (0.0 to 30.8), 0 of 10" in text
+    known = json.loads((tmp_path / "evidence.json").read_text(), parse_constant=pytest.fail)
+    assert known["seeds"] == {"careful": [0, 1, 2, 3, 4]}
+    assert {"hardware", "versions", "plan"} < set(known)
+    monkeypatch.setattr(sys, "argv", ["evidence.py"])  # the page alone, from the JSON
+    book.main()
+    assert (tmp_path / "evidence.md").read_text() == text
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--run", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit):
+        book.main()
+    assert (tmp_path / "evidence.md").read_text() == text
