@@ -47,9 +47,9 @@ def judge(
     """
     row = next(row for row in summary["methods"] if row["name"] == name)
     searches = [r["name"] for r in summary["methods"] if r["kind"] == "search"]
-    match = summary["match"] if name == summary["steered"] else {
-        search: report.match_of(table[name], table[search]) for search in searches
-    } if training is not None else {}  # fmt: skip
+    match = summary["match"] if name == summary["steered"] else {}
+    if training is not None and not match:
+        match = {search: report.match_of(table[name], table[search]) for search in searches}
     lines = [training] if training and training.get("seconds") else []
     cost = report.cost_of({**summary, "match": match}, lines)
     return {

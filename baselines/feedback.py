@@ -1,7 +1,7 @@
 """Feedback: contestants that set the rate by what they measure, by a rule that nobody trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -96,9 +96,7 @@ class Plateau:
 
     def run(self, arena: Arena) -> None:
         """One run."""
-        start = arena.start_rate
-        job = arena.open(Knobs(start, "constant"))
-        finish(arena, job, rate=lambda curve: self.rate(start, _losses(curve)))
+        follow(arena, self.rate)
 
     def rate(self, start: float, losses: Sequence[float]) -> float:
         """The rate after intervals that ended with those selection losses."""
@@ -131,9 +129,7 @@ class Greedy:
 
     def run(self, arena: Arena) -> None:
         """One run."""
-        start = arena.start_rate
-        job = arena.open(Knobs(start, "constant"))
-        finish(arena, job, rate=lambda curve: self.rate(start, _losses(curve)))
+        follow(arena, self.rate)
 
     def rate(self, start: float, losses: Sequence[float]) -> float:
         """The rate after intervals that ended with those selection losses."""
@@ -148,8 +144,14 @@ class Greedy:
         return rate
 
 
-def _losses(curve: Sequence[Point]) -> list[float]:
-    return [point.selection_loss for point in curve]
+def follow(arena: Arena, rule: Callable[[float, Sequence[float]], float]) -> None:
+    """One run by a rule: starting rate and selection losses so far -> the next interval's rate."""
+    start = arena.start_rate
+
+    def rate(curve: Sequence[Point]) -> float:
+        return rule(start, [point.selection_loss for point in curve])
+
+    finish(arena, arena.open(Knobs(start, "constant")), rate=rate)
 
 
 FEEDBACK: dict[str, type[Method]] = {method.name: method for method in (RangeTest, Plateau, Greedy)}

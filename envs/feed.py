@@ -1,4 +1,4 @@
-"""Feeds: the token batches of packed runs, stacked."""
+"""Feeds: the texts of packed runs, and their batches in one stack."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -136,7 +136,7 @@ class TorchJob:
                 rate = self._knobs.rate * factor(self._knobs, self._step, self.task.steps)
                 for group in self._optimizer.param_groups:
                     group["lr"] = rate
-                loss = self._loss(rows, next(self._order))["loss"]
+                loss = forward(self._module, rows, next(self._order))["loss"]
                 loss.backward()  # type: ignore[no-untyped-call]
                 if left < 2:
                     self._probe.gradient(
@@ -178,19 +178,7 @@ class TorchJob:
 
     def evaluate(self, split: Split) -> Score:
         """Loss and accuracy on a split, without gradients or dropout."""
-        rows = self._load.rows[split]
-        self._module.eval()
-        loss = torch.zeros((), device=self._device)
-        right = torch.zeros((), device=self._device)
-        with torch.inference_mode():
-            for start in range(0, len(rows), 128):
-                index = torch.arange(start, min(start + 128, len(rows)))
-                result = self._loss(rows, index)
-                loss += result["loss"] * len(index)
-                labels = rows.labels[index].to(self._device)
-                right += (result["logits"].argmax(-1) == labels).sum()
-        total, correct = torch.stack([loss, right]).tolist()
-        return Score(total / len(rows), correct / len(rows))
+        return judge(self._module, self._load.rows[split])
 
     def snapshot(self) -> Snapshot:
         """The trained weights, copied."""
@@ -206,14 +194,33 @@ class TorchJob:
         if turn is not None:
             turn()
 
-    def _loss(self, rows: workload.Tokens, index: Tensor) -> dict[str, Tensor]:
-        length = int(rows.lengths[index.numpy()].max())
-        result: dict[str, Tensor] = self._module(
-            rows.ids[index, :length].to(self._device),
-            rows.mask[index, :length].to(self._device),
-            rows.labels[index].to(self._device),
-        )
-        return result
+
+def forward(module: nn.Module, rows: workload.Tokens, index: Tensor) -> dict[str, Tensor]:
+    """Loss and logits of some rows, cut to the longest of them. index: (rows,) their numbers."""
+    device = next(module.parameters()).device
+    length = int(rows.lengths[index.numpy()].max())
+    result: dict[str, Tensor] = module(
+        rows.ids[index, :length].to(device),
+        rows.mask[index, :length].to(device),
+        rows.labels[index].to(device),
+    )
+    return result
+
+
+def judge(module: nn.Module, rows: workload.Tokens) -> Score:
+    """Loss and accuracy on rows, without gradients or dropout; the module's mode is kept."""
+    training, device = module.training, next(module.parameters()).device
+    module.eval()
+    loss, right = torch.zeros(2, device=device)
+    with torch.inference_mode():
+        for start in range(0, len(rows), 128):
+            index = torch.arange(start, min(start + 128, len(rows)))
+            result = forward(module, rows, index)
+            loss += result["loss"] * len(index)
+            right += (result["logits"].argmax(-1) == rows.labels[index].to(device)).sum()
+    module.train(training)
+    total, correct = torch.stack([loss, right]).tolist()
+    return Score(total / len(rows), correct / len(rows))
 
 
 class RandomState:

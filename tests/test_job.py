@@ -11,7 +11,7 @@ from torch import nn
 
 from envs import probe, workload
 from envs.errors import BadInput
-from envs.job import TorchJob, report_start, with_validation
+from envs.job import TorchJob, forward, report_start, with_validation
 from envs.knobs import KEEP, OPTIMIZERS, Knobs, factor
 from envs.rows import split_of
 
@@ -209,7 +209,7 @@ def exact(job, updates):
         rate = job._knobs.rate * factor(job._knobs, job._step, job.task.steps)
         for group in job._optimizer.param_groups:
             group["lr"] = rate
-        job._loss(job._load.rows["train"], next(job._order))["loss"].backward()
+        forward(job._module, job._load.rows["train"], next(job._order))["loss"].backward()
         matrices = [p for p in job._parameters if p.ndim >= 2]
         gradients.append(torch.cat([probe.gradient_of(p).reshape(-1) for p in matrices]).clone())
         nn.utils.clip_grad_norm_(job._parameters, job._knobs.clip)

@@ -136,12 +136,12 @@ def test_the_choice_is_by_selection_and_test_is_read_once(apply, config, monkeyp
         ended = {"end_rate": 2 * knobs.rate, "selection": selection, "validation_loss": loss}
         return ended | {"start": {"validation_loss": 1.0}, "seconds": 1.0}
 
-    def judged(module, rows, score=tuner.apply.score):
+    def judged(module, rows, judge=tuner.apply.judge):
         read.append(rows)
-        return score(module, rows)
+        return judge(module, rows)
 
     monkeypatch.setattr(tuner.apply, "_trial", trial)
-    monkeypatch.setattr(tuner.apply, "score", judged)
+    monkeypatch.setattr(tuner.apply, "judge", judged)
     job = config(trials=3)
     folder, summary = apply(job)
     assert summary["chosen"] == 2

@@ -19,11 +19,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from envs import workload
 from envs.errors import BadInput, RunFailed
 from envs.files import write_atomic
+from envs.job import judge
 from envs.knobs import Knobs, reference_rate
 from envs.task import Task
 from tuner.app import Terminated
 from tuner.callback import TunerCallback
-from tuner.judge import Judge, best_check, read_model, score
+from tuner.judge import Judge, best_check, read_model
 from tuner.policy import Policy
 from tuner.restarts import Ended, best_run, next_start
 from tuner.settings import ApplyConfig
@@ -183,7 +184,7 @@ def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, A
         "start": start_losses[chosen],
         "final": {
             "validation_loss": trials[chosen]["validation_loss"],
-            "test": score(module, job.load.rows["test"]).metric,
+            "test": judge(module, job.load.rows["test"]).metric,
         },
         "seconds": round(sum(trial["seconds"] for trial in trials), 1),
     }

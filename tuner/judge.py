@@ -5,17 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional
 from transformers import TrainerCallback
 
-from envs.job import Score
+from envs.job import judge
 from envs.workload import Tokens
 
 WEIGHTS = "model.safetensors"  # in a checkpoint of the Trainer, and in its saved model
-BATCH = 128
 
 
 class Judge(TrainerCallback):
@@ -32,7 +29,7 @@ class Judge(TrainerCallback):
         """An update is done; one at which a signal alone asks for a checkpoint is not judged."""
         if state.global_step % state.save_steps and state.global_step < state.max_steps:
             return
-        found = score(kwargs["model"], self._rows)
+        found = judge(kwargs["model"], self._rows)
         if math.isfinite(found.loss):
             row = {"selection": found.metric, "selection_loss": found.loss}
             state.log_history.append(row | {"step": state.global_step})
@@ -50,19 +47,3 @@ def read_model(module: nn.Module, folder: Path) -> nn.Module:
     """The module with a checkpoint's weights."""
     module.load_state_dict(load_file(folder / WEIGHTS))
     return module
-
-
-def score(module: nn.Module, rows: Tokens) -> Score:
-    """Loss and accuracy on rows, without gradients or dropout; the module's mode is kept."""
-    device, training = next(module.parameters()).device, module.training
-    module.eval()
-    total = right = 0.0
-    with torch.no_grad():
-        for start in range(0, len(rows), BATCH):
-            part = slice(start, start + BATCH)
-            labels = rows.labels[part].to(device)
-            logits = module(rows.ids[part].to(device), rows.mask[part].to(device))["logits"]
-            total += functional.cross_entropy(logits, labels, reduction="sum").item()
-            right += (logits.argmax(-1) == labels).sum().item()
-    module.train(training)
-    return Score(total / len(rows), right / len(rows))
