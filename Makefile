@@ -27,6 +27,7 @@ demo: install
 	@echo
 	@echo "the report:       $(PYTHON) -m webbrowser file://$(CURDIR)/$(RUN)/report.html"
 	@echo "the MLflow page:  $(BIN)/mlflow server --backend-store-uri $(STORE) --port 5000"
+	@echo "                  then open http://127.0.0.1:5000/#/experiments/1/runs"
 
 # Everything that must hold: format, lint, types, import contracts, tests.
 test: install
