@@ -230,8 +230,8 @@ def test_a_packed_range_test_finds_the_rate_of_a_plain_one(tiny_task, tmp_path, 
     """Its updates one by one stand beside whole intervals of the other lanes."""
     monkeypatch.undo()  # real data
     methods, tasks = [RangeTest(), Plateau()], [tiny_task(steps=40)]
-    alone = compare(methods, tasks, (0, 1), tmp_path / "alone", runs=1, decades=0.5)
-    packed = compare(methods, tasks, (0, 1), tmp_path / "packed", runs=1, decades=0.5, pack=4)
+    alone = compare(methods, tasks, (0, 1), tmp_path / "alone", runs=1, offset=-1.5)
+    packed = compare(methods, tasks, (0, 1), tmp_path / "packed", runs=1, offset=-1.5, pack=4)
     for one, other in zip(alone, packed, strict=True):
         assert other["packed"] == 4
         assert one["spent"] == other["spent"]

@@ -128,7 +128,7 @@ def test_the_plain_optimizer_given_as_a_factory_changes_nothing(tiny_task):
 def test_packed_or_not_the_outcome_is_the_same_to_the_bit(tiny_task, tmp_path):
     task = tiny_task()
     methods = [ScheduleFree(), Prodigy(), Keep()]
-    run = partial(compare, methods, [task], (0, 1), runs=1, decades=0.5)
+    run = partial(compare, methods, [task], (0, 1), runs=1, offset=-1.5)
     alone, packed = run(tmp_path / "alone"), run(tmp_path / "packed", pack=4)
     assert [outcome.get("packed") for outcome in packed] == [None] * 4 + [2] * 2
     for one, other in zip(alone[:4], packed[:4], strict=True):
