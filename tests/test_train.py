@@ -21,8 +21,9 @@ from tuner import policy
 from tuner.agent import Normaliser
 from tuner.curriculum import TrainConfig
 from tuner.recorder import Recorder
-from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
+from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig, others
 from tuner.train import MUTE, train
+from tuner.vecenv import VectorAdapter
 
 AGENTS = ("ppo", "dqn", "q-learning", "sarsa")
 
@@ -37,6 +38,7 @@ def config(tiny_task):
             "iterations": 4,
             "episodes": 1,
             "envs": 2,
+            "group": 2,
             "workers": 0,
             "pack": 2,
             "budget": "",
@@ -158,20 +160,62 @@ class Signpost(gymnasium.Env):
         return seen
 
 
-@pytest.mark.parametrize("kind", ["ppo", "dqn"])
+class Lottery(Signpost):
+    """A signpost whose last reward is mostly the job's own luck."""
+
+    def reset(self, *, seed=None, options=None):
+        start = super().reset(seed=seed)
+        self.luck = 100.0 * self.np_random.normal()
+        return start
+
+    def step(self, action):
+        seen, reward, ended, cut, info = super().step(action)
+        return seen, reward + self.luck * ended, ended, cut, info
+
+
+def side_by_side(kind, count=8):
+    return Recorder(SyncVectorEnv([kind] * count, autoreset_mode=AutoresetMode.SAME_STEP))
+
+
+def test_the_others_of_a_group_are_the_baseline():
+    """Two groups of two; in the first an environment has ended one episode, the other two."""
+    rewards = np.array([[1, 2, 0, 7], [1, 3, 5, 1], [4, 1, 6, 0]], np.float32)
+    ends = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0]], bool)
+    expected = np.zeros((3, 4))
+    expected[1, 0], expected[0, 1] = 2, 2  # first episodes: 1 + 1 and 2
+    expected[1, 3], expected[2, 2] = 11, 8  # 0 + 5 + 6 and 7 + 1
+    assert others(rewards, ends, 2) == pytest.approx(expected)
+    assert not others(rewards, ends, 1).any()
+
+
+def test_a_group_meets_the_same_jobs_whatever_it_does():
+    torch.set_num_threads(1)
+    adapter = VectorAdapter(side_by_side(Lottery), lambda seen: seen, group=4)
+    adapter.seed(5)
+    seen = [adapter.reset()]
+    for step in range(12):
+        adapter.step_async(np.arange(8) % 7 * (step % 2))
+        seen.append(adapter.step_wait()[0])
+    signs = np.array(seen)[:, :, 3]
+    assert (signs[:, :4] == signs[:, :1]).all()
+    assert (signs[:, 4:] == signs[:, 4:5]).all()
+    assert (signs[:, 0] != signs[:, 4]).any()
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dqn", "lottery"])
 def test_network_agents_solve_a_signpost(kind):
     torch.set_num_threads(1)
-    envs = Recorder(SyncVectorEnv([Signpost] * 8, autoreset_mode=AutoresetMode.SAME_STEP))
+    envs = side_by_side(Lottery if kind == "lottery" else Signpost)
     normaliser = Normaliser(np.zeros(30, np.float32), np.ones(30, np.float32))
-    if kind == "ppo":
-        agent = PPOAgent(envs, 5, normaliser, PPOConfig())
+    if kind != "dqn":
+        agent = PPOAgent(envs, 5, normaliser, PPOConfig(group=8 if kind == "lottery" else 1))
     else:
         agent = DQNAgent(envs, 5, normaliser, DQNConfig(target_interval=100))
-    for i in range(40 if kind == "ppo" else 25):
+    for i in range(25 if kind == "dqn" else 40):
         agent.learn(envs, seed=i, share=i / 25)
     network, arrays = agent.network()
     trained = policy.make(
-        arrays=arrays, algorithm=kind, network=network, actions=Actions(), decisions=5,
+        arrays=arrays, algorithm="dqn" if kind == "dqn" else "ppo", network=network, actions=Actions(), decisions=5,
         start_decades=1.5, provenance={},
         features=[{"name": f.name, "unit": f.unit, "mean": 0.0, "deviation": 1.0, "low": -1.0,
                    "high": 1.0} for f in FEATURES],

@@ -54,6 +54,9 @@ class TrainConfig(BaseModel):
     last: float = Field(0.25, ge=0, le=1, description="share of the last stage, if it has tasks")
     episodes: int = Field(2, ge=1, le=100, description="episodes of an environment in a rollout")
     envs: int = Field(64, ge=1, le=4096, description="environments stepped together")
+    group: int = Field(
+        8, ge=1, le=256, description="environments with the same episodes, for ppo to compare"
+    )
     workers: int = Field(2, ge=0, le=256, description="processes that share them; 0: this one")
     pack: int = Field(0, ge=0, le=4096, description="runs in one batched model; 0: measured")
     compile: bool = Field(False, description="compile that model; with pack 0 if it pays")
@@ -101,7 +104,8 @@ class TrainConfig(BaseModel):
         """The tasks of one environment: those that share a pack have one batch size and horizon."""
         if not self.batches or not self.horizons:
             raise BadInput("train: batches, horizons: none given; give at least one of each")
-        kind, sizes = number // max(1, self.pack), len(self.batches)
+        kind = number // self.group // max(1, self.pack // self.group)
+        sizes = len(self.batches)
         horizon = self.horizons[kind // sizes % len(self.horizons)]
         return [reshape(t, self.batches[kind % sizes], horizon) for t in self.task_list(stage)]
 
@@ -118,6 +122,11 @@ class TrainConfig(BaseModel):
         if self.workers and self.envs % self.workers:
             raise BadInput(
                 f"train: envs: {self.envs} do not share out over {self.workers} workers evenly; "
+                "give a multiple"
+            )
+        if self.agent == "ppo" and self.envs % self.group:
+            raise BadInput(
+                f"train: envs: {self.envs} do not share out over groups of {self.group} evenly; "
                 "give a multiple"
             )
         self.task_list()

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import set_random_seed
 
@@ -28,6 +30,7 @@ class PPOConfig:
     entropy: float = 0.01  # at the start; falls linearly to nothing
     layers: tuple[int, ...] = (64, 64)
     restraint: float = 1.5  # by how much the logit of *keep* is ahead at the start
+    group: int = 1  # environments that have the same episodes; see `PairedBuffer`
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,51 @@ class DQNConfig:
     layers: tuple[int, ...] = (64, 64)
 
 
+class PairedBuffer(RolloutBuffer):
+    """A rollout in which an episode is paid what it earned above others of the same job.
+
+    ``group`` neighbouring environments meet the same jobs, from the same rate and in the same
+    data order, and act each for itself. From an episode's last reward the mean return of the
+    others is taken: a baseline that its own actions have no part in, so that the gradient keeps
+    its expectation, while what the job alone decides, which is most of a return, drops out
+    (leave-one-out, Kool et al. 2019; as RLOO does, Ahmadian et al. 2024).
+    """
+
+    def __init__(self, *given: Any, group: int = 1, **named: Any) -> None:
+        self._group = group
+        super().__init__(*given, **named)
+
+    def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: Any) -> None:
+        """The advantages, from rewards less the baseline."""
+        if self._group > 1:
+            ends = np.concatenate([self.episode_starts[1:], np.asarray(dones)[None]]) > 0
+            self.rewards -= others(self.rewards, ends, self._group)
+        super().compute_returns_and_advantage(last_values, dones)
+
+
+def others(
+    rewards: NDArray[np.float32], ends: NDArray[np.bool_], group: int
+) -> NDArray[np.float32]:
+    """(steps, environments) rewards and last steps -> at these the mean return of the others.
+
+    The others: the same episode, counted from the start, of the environments in the group that
+    ended theirs; 0 if there are none, and at steps that are not the last.
+    """
+    baseline = np.zeros_like(rewards)
+    count = ends.cumsum(0) - ends  # which episode a step belongs to
+    for first in range(0, rewards.shape[1], group):
+        part = slice(first, first + group)
+        reward, end, number = rewards[:, part], ends[:, part], count[:, part]
+        for episode in range(int(end.sum(0).max(initial=0))):
+            mine = number == episode
+            done = (mine & end).any(0)
+            returns = np.where(done, (reward * mine).sum(0), 0.0)
+            if (many := done.sum()) > 1:
+                mean = (returns.sum() - returns) / (many - 1)
+                baseline[:, part] += np.where(mine & end, mean, 0.0)
+    return baseline
+
+
 class PPOAgent:
     """Proximal policy optimisation; discrete or continuous actions.
 
@@ -59,7 +107,7 @@ class PPOAgent:
         config: PPOConfig,
         keep: int | None = None,
     ) -> None:
-        self._venv = VectorAdapter(envs, normaliser)
+        self._venv = VectorAdapter(envs, normaliser, config.group)
         self._steps = decisions * config.episodes
         self._config = config
         rollout = self._steps * envs.num_envs
@@ -75,6 +123,8 @@ class PPOAgent:
             gamma=1.0,
             gae_lambda=config.lambda_,
             clip_range=config.clip,
+            rollout_buffer_class=PairedBuffer,
+            rollout_buffer_kwargs={"group": config.group},
             ent_coef=config.entropy,
             policy_kwargs={
                 "net_arch": {"pi": list(config.layers), "vf": list(config.layers)},

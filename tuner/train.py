@@ -113,7 +113,8 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     decisions = config.task_list()[0].decisions
     if config.agent == "ppo":
         keep = config.actions().keep if config.view == "discrete" else None
-        return PPOAgent(envs, decisions, normaliser, PPOConfig(episodes=config.episodes), keep)
+        settings = PPOConfig(episodes=config.episodes, group=config.group)
+        return PPOAgent(envs, decisions, normaliser, settings, keep)
     return DQNAgent(envs, decisions, normaliser, DQNConfig(episodes=config.episodes))
 
 

@@ -18,13 +18,17 @@ class VectorAdapter(VecEnv):
     old episode is in ``info["terminal_observation"]``, as stable-baselines3 expects.
     """
 
-    def __init__(self, envs: VectorEnv, look: Look) -> None:
+    def __init__(self, envs: VectorEnv, look: Look, group: int = 1) -> None:
+        """group: neighbours that are given the same seed, and so the same episodes."""
         self._envs, self._look, self._actions = envs, look, np.empty(0)
+        self._group = group
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
     def reset(self) -> NDArray[np.float32]:
         """Reset all, with the seed given to `seed` if one was given."""
-        observations, _ = self._envs.reset(seed=self._seeds[0])
+        first = self._seeds[0]
+        seeds = None if first is None else [first + i // self._group for i in range(self.num_envs)]
+        observations, _ = self._envs.reset(seed=seeds)
         self._reset_seeds()
         return self._look(observations)
 
