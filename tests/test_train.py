@@ -215,8 +215,8 @@ def test_network_agents_solve_a_signpost(kind):
         agent.learn(envs, seed=i, share=i / 25)
     network, arrays = agent.network()
     trained = policy.make(
-        arrays=arrays, algorithm="dqn" if kind == "dqn" else "ppo", network=network, actions=Actions(), decisions=5,
-        start_decades=1.5, provenance={},
+        arrays=arrays, algorithm="dqn" if kind == "dqn" else "ppo", network=network,
+        actions=Actions(), decisions=5, start_decades=1.5, provenance={},
         features=[{"name": f.name, "unit": f.unit, "mean": 0.0, "deviation": 1.0, "low": -1.0,
                    "high": 1.0} for f in FEATURES],
     )  # fmt: skip

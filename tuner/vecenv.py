@@ -26,8 +26,9 @@ class VectorAdapter(VecEnv):
 
     def reset(self) -> NDArray[np.float32]:
         """Reset all, with the seed given to `seed` if one was given."""
-        first = self._seeds[0]
-        seeds = None if first is None else [first + i // self._group for i in range(self.num_envs)]
+        first, seeds = self._seeds[0], None  # type: int | None, Any
+        if first is not None:
+            seeds = [first + i // self._group for i in range(self.num_envs)]
         observations, _ = self._envs.reset(seed=seeds)
         self._reset_seeds()
         return self._look(observations)

@@ -1,0 +1,184 @@
+"""Experiments: how a tuner is best trained, a question at a time.
+
+    python benchmarks/experiments.py [--only NAME ...] [--out DIR] [--seeds N] [--budget 5m]
+
+Every question changes one thing of `BASE`. A variant is trained with several agent seeds for the
+same time and steers the same runs: relatives of the tasks for choosing (never held-out ones), from
+starting rates up to 1.5 decades off. A command that is repeated goes on where it stopped; figures
+go to results/experiments.json, raw outcomes stay in the ledger of DIR. `docs/experiments.md` tells
+what was concluded.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import merge
+
+from baselines.compare import compare
+from baselines.ledger import key_of
+from baselines.method import Method
+from baselines.schedules import STATIC, Fixed
+from envs import workload
+from envs.knobs import Knobs
+from envs.task import Task, find, vary
+from tuner.curriculum import TrainConfig
+from tuner.evaluate import PolicyMethod
+from tuner.train import train
+
+BASE: dict[str, Any] = {
+    "agent": "ppo",
+    "iterations": 0,
+    "workers": 0,
+    "surrogate": 0.1,
+    "steps": 100,
+    "interval": 10,
+    "length": 24,
+    "horizons": (0.6, 1.0, 1.0, 1.5),
+    "multipliers": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+    "rollback": False,
+    "pack": 8,
+    "compile": True,
+}
+CHOOSING, RELATIVES, JOB_SEEDS = ("nyt", "nyt/tiny-64"), 3, range(4)
+TRAINED = ("trec6", "trec50", "sms", "movie", "amazon", "tweets")
+STARTS = 2.0  # runs of a budget: one, and what its validation costs
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing that is changed, in one or more ways."""
+
+    asks: str
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+QUESTIONS: Mapping[str, Question] = {
+    "paired": Question(
+        "Is an episode better judged against others of the same job than by its return alone?",
+        {"alone": {"group": 1}, "in fours": {"group": 4}},
+    ),
+    "reach": Question(
+        "How far should one decision move the rate?",
+        {
+            "a decade at most": {"multipliers": (0.1, 0.3, 1.0, 3.0, 10.0)},
+            "finer": {"multipliers": (0.03, 0.1, 0.3, 0.6, 1.0, 1.6, 3.0, 10.0, 30.0)},
+        },
+    ),
+    "rollback": Question("Does a tuner that may roll back do better?", {"may": {"rollback": True}}),
+    "surrogate": Question(
+        "How much of the time should go to simulated runs?",
+        {"none": {"surrogate": 0.0}, "two fifths": {"surrogate": 0.4}},
+    ),
+    "agent": Question(
+        "Which learner?",
+        {name: {"agent": name} for name in ("dqn", "q-learning", "sarsa")},
+    ),
+}
+
+
+def tasks() -> list[Task]:
+    """Jobs for choosing: the corpus set apart for it and random relatives, then trained corpora."""
+    rng, found = np.random.default_rng(0), list[Task]()
+    for name in CHOOSING:
+        base = find(name)
+        found.append(base)
+        while len(found) % (1 + RELATIVES):
+            relative = vary(base, workload.load(base).classes, rng)
+            if relative not in found:
+                found.append(relative)
+    return found + [find(name) for name in TRAINED]
+
+
+def judge(methods: Sequence[Method], out: Path) -> dict[str, np.ndarray]:
+    """Test scores by method, (jobs x seeds,), of the same runs in the same order."""
+    found = compare(methods, tasks(), JOB_SEEDS, out / "ledger.sqlite", runs=STARTS, pack=8)
+    scores: dict[str, list[float]] = {}
+    for outcome in found:
+        scores.setdefault(outcome["method"], []).append(outcome["trials"][0]["test"])
+    return {name: np.array(values) for name, values in scores.items()}
+
+
+def learn(changes: Mapping[str, Any], budget: str, seed: int, out: Path) -> PolicyMethod:
+    """A tuner trained with some of `BASE` changed."""
+    config = TrainConfig.model_validate({**BASE, **changes, "budget": budget, "seed": seed})
+    key = key_of(config.model_dump(mode="json"))[:12]
+    return PolicyMethod(train(config, out / key), f"{key} {seed}")
+
+
+def rivals() -> list[Method]:
+    """What needs no learning: the user's rate kept, and one rate for every job."""
+    fixed = [
+        Fixed(Knobs(10.0**decades, "linear"), True, f"{decades:+g} decades")
+        for decades in (-1.0, -0.75, -0.5, -0.25, 0.0)
+    ]
+    return [STATIC["keep"](), *fixed]
+
+
+def figures(
+    scores: Mapping[str, np.ndarray], groups: Mapping[str, Iterable[str]]
+) -> dict[str, Any]:
+    """For each variant: its mean test score, agents apart, and how it stands to the base."""
+    rows = {}
+    for name, members in groups.items():
+        mine = np.array([scores[member] for member in members])
+        base = np.array([scores[member] for member in groups["base"]])
+        gain = mine.mean(0) - base.mean(0)
+        error = gain.std(ddof=1) / np.sqrt(len(gain))
+        rows[name] = {
+            "test": round(float(mine.mean()), 4),
+            "agents": [round(float(each.mean()), 4) for each in mine],
+            "choosing": round(float(mine[:, : half(mine)].mean()), 4),
+            "gain": round(float(gain.mean()), 4),
+            "standard_error": round(float(error), 4),
+            "better": round(float(((gain > 0) + 0.5 * (gain == 0)).mean()), 3),
+        }
+    return rows
+
+
+def half(scores: np.ndarray) -> int:
+    """How many of the runs are of the corpus for choosing."""
+    return scores.shape[1] * len(CHOOSING) * (1 + RELATIVES) // len(tasks())
+
+
+def main() -> None:
+    """Train what is missing, judge, record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--seeds", type=int, default=2, help="agents of each variant")
+    parser.add_argument("--budget", default="5m", help="time to train an agent")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = range(options.seeds)
+
+    def agents(changes: Mapping[str, Any]) -> list[PolicyMethod]:
+        return [learn(changes, options.budget, seed, options.out) for seed in seeds]
+
+    groups = {"base": agents({})}
+    plain = rivals()
+    for name in options.only:
+        question = QUESTIONS[name]
+        mine = {label: agents(changes) for label, changes in question.variants.items()}
+        every = groups | mine
+        scores = judge([*plain, *(agent for part in every.values() for agent in part)], options.out)
+        told = figures(
+            scores,
+            {label: [agent.name for agent in part] for label, part in every.items()}
+            | {method.name: [method.name] for method in plain},
+        )
+        found = {"asks": question.asks, "budget": options.budget, "variants": told}
+        merge("experiments", name, found, seeds=list(seeds))
+        print(name, question.asks)
+        for label, row in told.items():
+            print(f"  {label:18} {row}")
+
+
+if __name__ == "__main__":
+    main()
