@@ -83,6 +83,7 @@ def compare(
     offset: float | None = None,
     workers: int = 0,
     pack: int = 1,
+    compiled: bool = False,
     on_cell: OnCell | None = None,
     make_job: MakeJob = TorchJob,
 ) -> list[dict[str, Any]]:
@@ -92,7 +93,8 @@ def compare(
     rate the user's starting rate may lie either way; offset: exactly how far, in its place.
     workers: processes of one thread each; 0 takes this one. pack: cells of one family
     (`envs.packed`) whose runs are computed together, if ``make_job`` is the plain `TorchJob`;
-    models over `PACKED` weights run alone. With workers, methods and ``make_job`` must be
+    models over `PACKED` weights run alone. compiled: compile a family's code, which takes a
+    process up to a minute and then halves the time. With workers, methods and ``make_job`` must be
     picklable, and a script must call this under ``if __name__ == "__main__"``.
 
     A cell that raises is recorded and the others go on; `RunFailed` at the end says how many
@@ -110,8 +112,9 @@ def compare(
     pending = set(ledger.pending())
     todo = sorted((c for c in cells if c.key in pending), key=lambda c: -c.size)
     done, failed = len(cells) - len(todo), 0
+    how = Plan("cuda" if torch.cuda.is_available() else "cpu", pack, compiled=compiled)
     groups = list(_groups(todo, pack if make_job is TorchJob else 1))
-    with closing(each(partial(_attempt, ledger, make_job), groups, workers)) as work:
+    with closing(each(partial(_attempt, ledger, make_job, how), groups, workers)) as work:
         for group, status in work:
             for cell in group:
                 if isinstance(status, Lost):
@@ -203,7 +206,9 @@ def run_cell(cell: Cell, make_job: MakeJob = TorchJob) -> dict[str, Any]:
         )
 
 
-def run_cells(cells: Sequence[Cell], make_job: MakeJob = TorchJob) -> list[dict[str, Any] | str]:
+def run_cells(
+    cells: Sequence[Cell], make_job: MakeJob = TorchJob, how: Plan | None = None
+) -> list[dict[str, Any] | str]:
     """The outcome of each cell, or why it failed; several are computed in one pack.
 
     The seconds of a pack are shared out by what its cells spent.
@@ -217,20 +222,26 @@ def run_cells(cells: Sequence[Cell], make_job: MakeJob = TorchJob) -> list[dict[
 
     if len(cells) == 1:
         return [attempt(cells[0], make_job)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lockstep = Lockstep(Plan(device, len(cells)), classes=_room(cells[0].task))
+    lockstep = _lockstep(how or Plan("cpu", len(cells)), _room(cells[0].task))
     began = time.perf_counter()
     try:
         with _one_thread():
             found = lockstep.run([partial(attempt, cell, lockstep.open) for cell in cells])
     except Exception as error:  # of the pack itself, memory for one
         logger.warning("a pack of %d failed (%s); its cells run one by one", len(cells), error)
+        _lockstep.cache_clear()
         return [attempt(cell, make_job) for cell in cells]
     seconds, good = time.perf_counter() - began, [o for o in found if not isinstance(o, str)]
     for outcome in good:
         outcome["seconds"] = seconds * outcome["spent"] / sum(o["spent"] for o in good)
         outcome["packed"] = len(cells)
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _lockstep(how: Plan, room: int) -> Lockstep:
+    """This process's packs, which serve one group of cells after another."""
+    return Lockstep(how, classes=room)
 
 
 def outcomes(ledger: Ledger, keys: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -296,12 +307,14 @@ def _groups(cells: Sequence[Cell], pack: int) -> Iterator[tuple[Cell, ...]]:
             yield tuple(alike[start : start + pack])
 
 
-def _attempt(ledger: Ledger, make_job: MakeJob, cells: tuple[Cell, ...]) -> set[str] | None:
+def _attempt(
+    ledger: Ledger, make_job: MakeJob, how: Plan, cells: tuple[Cell, ...]
+) -> set[str] | None:
     """Keys of those that failed (recorded), or None: another process has one of the cells."""
     with ExitStack() as claims:
         mine = [cell for cell in cells if claims.enter_context(ledger.claim(cell.key))]
         failed = set()
-        for cell, outcome in zip(mine, run_cells(mine, make_job) if mine else [], strict=True):
+        for cell, outcome in zip(mine, run_cells(mine, make_job, how) if mine else [], strict=True):
             if isinstance(outcome, str):
                 ledger.fail(cell.key, outcome)
                 failed.add(cell.key)

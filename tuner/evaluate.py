@@ -150,6 +150,7 @@ def run_comparison(
             offset=offset,
             workers=config.workers,
             pack=config.pack,
+            compiled=config.compile,
             on_cell=on_cell,
         )
         before += len(known)
@@ -235,6 +236,7 @@ def find_fixed(config: CompareConfig, out: Path, tick: Tick) -> Fixed:
         runs=1,
         workers=config.workers,
         pack=config.pack,
+        compiled=config.compile,
         on_cell=lambda done, total, cell: tick(done, total, "best fixed setting"),
     )
     return best_fixed(candidates, found)

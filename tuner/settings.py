@@ -95,6 +95,7 @@ class CompareConfig(BaseModel):
     steps: int | None = Field(None, ge=1, description="updates of a run; none: the task's")
     workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
     pack: int = Field(8, ge=1, le=1024, description="runs of small models computed together")
+    compile: bool = Field(False, description="compile packs: pays from some thousand runs on")
     seed: int = Field(0, ge=0, description="the first seed")
 
     def jobs(self, names: tuple[str | dict[str, Any], ...]) -> list[Task]:
