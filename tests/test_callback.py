@@ -603,8 +603,6 @@ def test_runs_that_cannot_be_steered_are_refused_at_once(task, tmp_path, args):
 
 
 def test_a_bad_call_is_refused():
-    with pytest.raises(BadInput, match="no default policy is shipped"):
-        TunerCallback("default")
     with pytest.raises(BadInput, match="mode"):
         TunerCallback(Stub(), mode="bold")
     with pytest.raises(BadInput, match="eval_rows"):

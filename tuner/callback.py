@@ -59,7 +59,7 @@ def guarded(event: Callable[..., None]) -> Callable[..., None]:
 
 
 class TunerCallback(TrainerCallback, ExportableState):
-    """``trainer.add_callback(TunerCallback("policy.safetensors"))`` steers the learning rate.
+    """``trainer.add_callback(TunerCallback("default"))`` steers the learning rate.
 
     The user's schedule runs on; every ``ceil(max_steps / decisions)`` updates the policy may scale
     it, within the limits of the mode. Training losses and gradients are read by hooks; validation
@@ -67,7 +67,8 @@ class TunerCallback(TrainerCallback, ExportableState):
     evaluated by the callback before each decision. Resuming from a checkpoint is exact.
 
     Arguments:
-        policy: a policy file, an MLflow URI (``models:/``, ``runs:/``), or a loaded policy.
+        policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
+            (``models:/``, ``runs:/``), or a loaded policy.
         mode: ``careful`` (0.1 to 3 times the schedule, small steps) or ``explore`` (1.5 decades
             either way, and rollbacks), for those who do not trust their rate.
         advise: only write the log; the run is bit for bit the one without the callback.
@@ -382,8 +383,6 @@ class TunerCallback(TrainerCallback, ExportableState):
 def _load(given: str | Path | Pilot, sha256: str | None) -> Pilot:
     if not isinstance(given, str | Path):
         return given
-    if str(given) == "default":
-        raise BadInput("policy: 'default': no default policy is shipped yet; give a path")
     from tuner.tracking import open_policy
 
     return open_policy(str(given), sha256)

@@ -23,6 +23,7 @@ from tuner.artifact import Manifest as Manifest
 
 GOLDEN, TOLERANCE = 8, 1e-5  # pairs that `make` records; on each number of a continuous action
 SLACK, SLACK_SHARE = 0.05, 0.1  # beyond the envelope: absolute, and as a share of its width
+DEFAULT = Path(__file__).with_name("default.safetensors")  # what the package ships
 PLACES = {feature.name: i for i, feature in enumerate(FEATURES)}
 
 

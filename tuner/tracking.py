@@ -156,9 +156,11 @@ def fetch_policy(uri: str, *, tracking: str | None = None, seconds: float = LIMI
 
 
 def open_policy(given: str, sha256: str | None = None) -> "Policy":
-    """The policy of a file, or of an address that `fetch_policy` knows."""
+    """The policy of a file, or of an address that `fetch_policy` knows; or the ``default`` one."""
     from tuner import policy
 
+    if given == "default":
+        return policy.load(policy.DEFAULT, sha256)
     return policy.load(fetch_policy(given) if given.startswith(SCHEMES) else given, sha256)
 
 
