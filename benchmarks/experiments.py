@@ -94,9 +94,13 @@ def tasks() -> list[Task]:
     return found + [find(name) for name in TRAINED]
 
 
-def judge(methods: Sequence[Method], out: Path) -> dict[str, np.ndarray]:
+def judge(methods: Sequence[Method], out: Path, workers: int = 0) -> dict[str, np.ndarray]:
     """Test scores by method, (jobs x seeds,), of the same runs in the same order."""
-    found = compare(methods, tasks(), JOB_SEEDS, out / "ledger.sqlite", runs=STARTS, pack=8)
+    out.mkdir(parents=True, exist_ok=True)
+    found = compare(
+        methods, tasks(), JOB_SEEDS, out / "ledger.sqlite", runs=STARTS, workers=workers, pack=8,
+        compiled=True,
+    )  # fmt: skip
     scores: dict[str, list[float]] = {}
     for outcome in found:
         scores.setdefault(outcome["method"], []).append(outcome["trials"][0]["test"])

@@ -107,6 +107,17 @@ def test_a_divergence_undoes_the_multiplier_and_halves(rate, expected):
     assert ruling.guard == ""
 
 
+def test_careful_wants_a_clear_wish():
+    for lead, granted in ((0.99 * CAREFUL.lead, False), (CAREFUL.lead, True), (None, True)):
+        _, ruling = rule(NEW, Decision(0.6), CAREFUL, rate=START, start=START, lead=lead)
+        assert (ruling.decision == Decision(0.6)) is granted
+        assert ("not clear enough" in ruling.guard) is not granted
+    _, ruling = rule(NEW, Decision(0.6), FAR, rate=START, start=START, lead=0.01)
+    assert ruling.decision == Decision(0.6)
+    _, ruling = rule(NEW, KEEP, CAREFUL, rate=START, start=START, lead=0.0)
+    assert ruling.guard == ""
+
+
 @pytest.mark.parametrize("limits", [CAREFUL, FAR])
 def test_the_second_divergence_switches_off_for_good(limits):
     state, _ = rule(NEW, KEEP, limits, rate=START * 2, start=START, trouble="x")

@@ -142,6 +142,14 @@ def reason(policy: Any, observation: NDArray[np.float32], actions: Actions) -> s
     return f"ahead of {actions.label(int(order[1]))} by {lead:.3g}"
 
 
+def lead(policy: Any, observation: NDArray[np.float32], actions: Actions) -> float | None:
+    """Log odds of the likeliest action over *keep*; None where a policy has no odds."""
+    if getattr(policy.manifest, "algorithm", "") != "ppo" or actions.view != "discrete":
+        return None
+    scores = policy.scores(observation)
+    return float(scores.max() - scores[actions.keep])
+
+
 def normalised(policy: Pilot, observation: NDArray[np.float32]) -> list[float]:
     """The observation as the policy's network sees it; empty for a policy without a normaliser."""
     features = getattr(policy.manifest, "features", ())

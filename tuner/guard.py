@@ -39,12 +39,15 @@ class Limits:
     above: float  # and below the schedule times this
     up: float = math.inf  # most a decision may raise the rate by
     down: float = math.inf  # and lower it by
+    lead: float = 0.0  # least log odds of an action over *keep*, else the rate is kept
     gentle: bool = False  # not raised during warm-up; an alarm also on a mere spike
     rollback: bool = True  # the policy may roll back when it likes
     switch: bool = False  # whoever carries out the rulings can change the optimizer
 
 
-CAREFUL = Limits("careful", below=10.0, above=3.0, up=1.5, down=2.0, gentle=True, rollback=False)
+CAREFUL = Limits(
+    "careful", below=10.0, above=3.0, up=1.5, down=2.0, lead=1.0, gentle=True, rollback=False
+)
 FAR = Limits("explore", below=EXPLORE, above=EXPLORE)
 LIMITS = {limits.mode: limits for limits in (CAREFUL, FAR)}
 
@@ -99,11 +102,13 @@ def rule(
     trouble: str = "",
     strange: Sequence[str] = (),
     warming: bool = False,
+    lead: float | None = None,
 ) -> tuple[GuardState, Ruling]:
     """A policy's wish and the evidence -> what is done.
 
     rate: the peak rate in force; start: the user's. trouble: what `alarm` found. strange: the
-    features out of the policy's range. warming: the user's schedule is still in its warm-up.
+    features out of the policy's range. warming: the user's schedule is still in its warm-up. lead:
+    how clearly the policy prefers its wish to *keep*, in log odds; None if it has none.
     """
     if state.off:
         return state, _rest(start * state.multiplier, state.off)
@@ -124,6 +129,8 @@ def rule(
         return after, Ruling(KEEP, low, high, "the optimizer cannot be switched here")
     if wish.rollback and not limits.rollback:
         return after, Ruling(KEEP, low, high, f"no rollback in {limits.mode} mode")
+    if wish != KEEP and lead is not None and lead < limits.lead:
+        return after, Ruling(KEEP, low, high, f"not clear enough: ahead of keep by {lead:.2g}")
     multiplier = wish.multiplier if wish.rollback else min(max(wish.multiplier, least), most)
     aim = rate * multiplier
     reason = ""

