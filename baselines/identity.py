@@ -13,7 +13,10 @@ from envs import catalog
 from envs.errors import BadInput
 
 # They make no outcome.
-_JUDGES = ("crew.py", "figures.py", "identity.py", "ledger.py", "report.py", "stats.py")
+_JUDGES = (
+    "crew.py", "evidence.py", "figures.py", "identity.py", "ledger.py", "plates.py", "report.py",
+    "stats.py",
+)  # fmt: skip
 
 
 def describe(thing: object) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
 from envs.task import Split, Task
 
+_APART = 1_000_003  # between the seeds of a cell's draws
 FORWARD = 1 / 3  # cost of a row that is only evaluated: backward passes cost twice a forward one
 
 
@@ -160,12 +161,13 @@ class Arena:
         self._open: dict[int, tuple[MeteredJob, Job]] = {}
         self._began = clock()
 
-    def open(self, knobs: Knobs, make_job: MakeJob | None = None) -> MeteredJob:
+    def open(self, knobs: Knobs, make_job: MakeJob | None = None, *, draw: int = 0) -> MeteredJob:
         """A new run: the same weights, head and data order for every method of this cell.
 
-        make_job: for a method whose runs only a job of its own kind can make.
+        make_job: for a method whose runs only a job of its own kind can make. draw: above 0 asks
+        for another head and data order, for one who wants to know what chance alone does.
         """
-        job = (make_job or self._make_job)(self.task, self.seed, knobs)
+        job = (make_job or self._make_job)(self.task, self.seed + draw * _APART, knobs)
         metered = MeteredJob(job, self.budget)
         self._open[id(metered)] = (metered, job)
         return metered
@@ -221,10 +223,14 @@ def run_cost(task: Task) -> float:
     return task.steps * task.batch + task.decisions * task.selection_rows * FORWARD
 
 
-def run_static(arena: Arena, knobs: Knobs, on_interval: Callable[[Point], bool] | None = None
-               ) -> Trial:  # fmt: skip
+def run_static(
+    arena: Arena,
+    knobs: Knobs,
+    on_interval: Callable[[Point], bool] | None = None,
+    draw: int = 0,
+) -> Trial:
     """One run with fixed knobs: a trial. ``on_interval`` returns True to prune it."""
-    return finish(arena, arena.open(knobs), on_interval)
+    return finish(arena, arena.open(knobs, draw=draw), on_interval)
 
 
 def finish(

@@ -32,6 +32,22 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class KeepAgain:
+    """The same with another head and data order: what chance alone makes of a run.
+
+    No contestant but a measure: how often it is "worse than `keep`" is how often harm is found
+    where nothing was done.
+    """
+
+    name: ClassVar[str] = "keep-again"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        run_static(arena, Knobs(arena.start_rate), draw=1)
+
+
+@dataclass(frozen=True)
 class TrainerDefault:
     """AdamW at 5e-5, linear to zero, no warm-up: `transformers.TrainingArguments` untouched."""
 

@@ -12,6 +12,7 @@ from baselines.schedules import (
     CosineWarmup,
     Fixed,
     Keep,
+    KeepAgain,
     TrainerDefault,
     best_fixed,
     find_fixed,
@@ -30,6 +31,21 @@ class TestStatic(MethodConformance):
     @pytest.fixture(params=[*STATIC, "fixed"])
     def method(self, request):
         return Fixed(Knobs(OPTIMUM)) if request.param == "fixed" else STATIC[request.param]()
+
+
+def test_keep_again_is_the_same_schedule_on_another_draw():
+    seeds = []
+
+    def open_job(task, seed, knobs):
+        seeds.append((seed, knobs))
+        return FakeJob(task, seed, knobs)
+
+    for method in (Keep(), KeepAgain(), KeepAgain()):
+        method.run(Arena(TASK, 3, 3e-4, 1, open_job))
+    (kept, one), (again, other), (third, _) = seeds
+    assert one == other == Knobs(3e-4)
+    assert (kept, again) == (3, third)
+    assert again != kept
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,12 @@ def reason(policy: Any, observation: NDArray[np.float32], actions: Actions) -> s
 
 def lead(policy: Any, observation: NDArray[np.float32], actions: Actions) -> float | None:
     """Log odds of the likeliest action over *keep*; None where a policy has no odds."""
-    if getattr(policy.manifest, "algorithm", "") != "ppo" or actions.view != "discrete":
+    scores = getattr(policy, "scores", None)
+    algorithm = getattr(policy.manifest, "algorithm", "")
+    if scores is None or algorithm != "ppo" or actions.view != "discrete":
         return None
-    scores = policy.scores(observation)
-    return float(scores.max() - scores[actions.keep])
+    values = scores(observation)
+    return float(values.max() - values[actions.keep])
 
 
 def normalised(policy: Pilot, observation: NDArray[np.float32]) -> list[float]:

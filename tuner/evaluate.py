@@ -13,7 +13,7 @@ from baselines.feedback import FEEDBACK
 from baselines.ledger import Ledger, key_of
 from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
 from baselines.optimizers import OPTIMIZERS
-from baselines.schedules import STATIC, Fixed, best_fixed, grid
+from baselines.schedules import STATIC, Fixed, KeepAgain, best_fixed, grid
 from baselines.search import KNOTS, Search
 from envs.errors import BadInput, UnknownName
 from envs.files import make_folder
@@ -31,7 +31,7 @@ Tick = Callable[[int, int, str], None]  # done, total, a few words
 SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
 KNOTTED = ("random+knots", "tpe+knots")
 SHOWN = "cells of the latest comparison"
-SINGLE = STATIC | FEEDBACK | OPTIMIZERS  # contestants of one run, by name
+SINGLE = STATIC | {KeepAgain.name: KeepAgain} | FEEDBACK | OPTIMIZERS  # of one run, by name
 KNOWN = (*SINGLE, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED)
 
 

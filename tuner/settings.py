@@ -70,9 +70,9 @@ class CompareConfig(BaseModel):
     methods: tuple[str, ...] = Field(
         ("keep", "trainer-default", "cosine-warmup", "constant", "fixed", "random", "tpe", "gp",
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
-        description="keep, trainer-default, cosine-warmup, constant, fixed; range-test, plateau, "
-        "greedy; schedule-free, prodigy; or random, tpe, tpe-independent, gp or cmaes, plain or "
-        "+hyperband, random and tpe also +knots",
+        description="keep, trainer-default, cosine-warmup, constant, fixed; keep-again, keep with "
+        "other seeds; range-test, plateau, greedy; schedule-free, prodigy; or random, tpe, "
+        "tpe-independent, gp or cmaes, plain or +hyperband, random and tpe also +knots",
     )  # fmt: skip
     training: tuple[str | dict[str, Any], ...] = Field(
         ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),

@@ -127,7 +127,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 "harms the user's own schedule.",
                 _compare(
                     tasks=_TINY,
-                    methods=("keep",),
+                    methods=("keep", "keep-again"),
                     seeds=20,
                     search_seeds=1,
                     runs=2,
