@@ -10,6 +10,7 @@ import numpy as np
 from baselines import report, stats
 from baselines.figures import Outcome
 from baselines.report import REFERENCE, RESAMPLES, Table
+from baselines.schedules import KeepAgain
 
 TAUS = np.linspace(-0.5, 1.0, 61)  # normalised scores at which profiles are told
 
@@ -31,6 +32,7 @@ def measure(outcomes: Iterable[Outcome], policies: Sequence[Mapping[str, Any]]) 
     offsets = {name: by_offset(runs) for name, runs in table.items()}
     return summary | {
         "judged": told,
+        "chance_harm": _harm(table, KeepAgain.name) if KeepAgain.name in table else None,
         "normalised": normalised(table),
         "ranks": ranks(table),
         "offsets": {name: known for name, known in offsets.items() if known},

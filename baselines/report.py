@@ -301,7 +301,8 @@ def harm_of(table: Table, ours: str | None) -> dict[str, Any] | None:
     if not got:
         return None
     regret = np.nan_to_num(np.concatenate(base)) - np.nan_to_num(np.concatenate(got))
-    return {"rate": stats.harm_rate(got, base), "runs": sum(map(len, got)),
+    return {"rate": stats.harm_rate(got, base), "clear": stats.harm_rate(got, base, both=True),
+            "runs": sum(map(len, got)),
             "worst": float(regret.max())}  # fmt: skip
 
 

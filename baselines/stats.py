@@ -186,20 +186,28 @@ def performance_profile(scores: Jobs, thresholds: npt.ArrayLike) -> Array:
 
 
 def harm_rate(
-    steered: Jobs, reference: Jobs, *, relative: float = 0.01, deviations: float = 2.0
+    steered: Jobs,
+    reference: Jobs,
+    *,
+    relative: float = 0.01,
+    deviations: float = 2.0,
+    both: bool = False,
 ) -> float:
     """Share of all runs that end worse than the reference run of the same seed.
 
     Worse: ``reference - steered > min(relative * |reference|, deviations * sd)``, sd over the
     seeds of the job's reference (n - 1; unused below two). Either bound is enough: that reading
-    counts more harm. A failed run harms unless its reference failed as well.
+    counts more harm, much of it chance; with ``both``, both must be passed. A failed run harms
+    unless its reference failed as well.
     """
     harmed = []
     for got, base in zip(*_matched(steered, reference, by_seed=True), strict=True):
         sound = np.isfinite(base)
-        spread = deviations * base[sound].std(ddof=1) if sound.sum() > 1 else math.inf
+        some = sound.sum() > 1
+        spread = deviations * base[sound].std(ddof=1) if some else 0.0 if both else math.inf
         level = np.where(sound, base, 0.0)
-        harmed.append(sound & (got < level - np.minimum(relative * np.abs(level), spread)))
+        bound = (np.maximum if both else np.minimum)(relative * np.abs(level), spread)
+        harmed.append(sound & (got < level - bound))
     return float(np.concatenate(harmed).mean())
 
 

@@ -42,7 +42,9 @@ measured.
   test score of any trial of any method and seed on that job. No method could have chosen it, and it
   is higher the more methods took part.
 - **Harm**: worse than `keep` by more than 1 % of it or 2 standard deviations over seeds, whichever
-  is less; with two or three seeds the deviation says little. Shares have exact binomial intervals;
+  is less; with two or three seeds the deviation says little. Runs of one schedule that differ in
+  their seed alone pass that bar often: that share is given beside it, where it was measured, and so
+  is the share that is worse by both. Shares have exact binomial intervals;
   all other intervals are 95 % bootstrap intervals that draw seeds again within jobs, and with few
   seeds are narrower than that.
 - **Mean ranks** are over cells; bars join methods that Wilcoxon's signed-rank test, adjusted after
@@ -144,15 +146,22 @@ def harm(suite: Suite) -> str:
     """Harm, divergence and worst-case regret of every steered method."""
     told = []
     for name, found in suite["figures"]["judged"].items():
-        worse, diverged = found["harm"], found["diverged"]
-        told.append((
-            name,
-            f"{worse['count']} of {worse['of']}: {spread(worse)}" if worse else UNKNOWN,
-            f"{diverged['count']} of {diverged['of']}: {spread(diverged)}",
-            f"{100 * worse['worst']:.1f} points" if worse else UNKNOWN,
-        ))  # fmt: skip
-    head = ("steered", "harm", "diverged", "worst regret against `keep`")
+        diverged = found["diverged"]
+        told.append((name, *_harm(found["harm"]),
+                     f"{diverged['count']} of {diverged['of']}: {spread(diverged)}"))  # fmt: skip
+    if chance := suite["figures"].get("chance_harm"):
+        told.append(("chance: `keep` with other seeds", *_harm(chance), ""))
+    head = ("steered", "harm: 1 % or 2 deviations", "1 % and 2 deviations",
+            "worst regret against `keep`", "diverged")  # fmt: skip
     return table(head, told) if told else ""
+
+
+def _harm(found: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """By either bound, by both, and the worst case, in words."""
+    if not found:
+        return UNKNOWN, UNKNOWN, UNKNOWN
+    either = f"{found['count']} of {found['of']}: {spread(found)}"
+    return either, f"{percent(found['clear'])} %", f"{100 * found['worst']:.1f} points"
 
 
 def ablations(suite: Suite) -> str:

@@ -301,6 +301,8 @@ def test_harm_needs_either_bound_only():
     steered = [[0.985, 1.02, 0.98, 1.5]]  # 1.5 % worse, equal, equal, better
     assert stats.harm_rate(steered, reference) == 0.25
     assert stats.harm_rate(steered, reference, relative=0.02) == 0.0
+    assert stats.harm_rate(steered, reference, both=True) == 0.0
+    assert stats.harm_rate([[0.96, 1.02, 0.98, 1.5]], reference, both=True) == 0.25
     tight = [[100.0, 100.1, 99.9, 100.0]]  # sd 0.08: two of them are 0.16 %.
     assert stats.harm_rate([[99.5, 100.1, 99.9, 100.0]], tight) == 0.25
     assert stats.harm_rate([[99.5, 100.1, 99.9, 100.0]], tight, deviations=9.0) == 0.0
