@@ -16,12 +16,15 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from envs.errors import BadInput
 from envs.knobs import Actions
-from envs.observe import FEATURES
+from envs.observe import FEATURES, SIZE
+from envs.surrogate import SurrogateVectorEnv
 from tuner import policy
 from tuner.agent import Normaliser
 from tuner.curriculum import TrainConfig
+from tuner.imitation import lessons, teacher
+from tuner.policy import PLACES
 from tuner.recorder import Recorder
-from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig, others
+from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig, above_others
 from tuner.train import MUTE, train
 from tuner.vecenv import VectorAdapter
 
@@ -177,15 +180,15 @@ def side_by_side(kind, count=8):
     return Recorder(SyncVectorEnv([kind] * count, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
-def test_the_others_of_a_group_are_the_baseline():
+def test_an_episode_is_paid_what_it_earned_above_the_others_of_its_group():
     """Two groups of two; in the first an environment has ended one episode, the other two."""
     rewards = np.array([[1, 2, 0, 7], [1, 3, 5, 1], [4, 1, 6, 0]], np.float32)
     ends = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0]], bool)
     expected = np.zeros((3, 4))
-    expected[1, 0], expected[0, 1] = 2, 2  # first episodes: 1 + 1 and 2
-    expected[1, 3], expected[2, 2] = 11, 8  # 0 + 5 + 6 and 7 + 1
-    assert others(rewards, ends, 2) == pytest.approx(expected)
-    assert not others(rewards, ends, 1).any()
+    expected[1, 0], expected[0, 1] = 2 - 2, 2 - 2  # first episodes: 1 + 1 and 2
+    expected[1, 3], expected[2, 2] = 8 - 11, 11 - 8  # 7 + 1 and 0 + 5 + 6
+    assert above_others(rewards, ends, 2) == pytest.approx(expected)
+    assert not above_others(rewards, ends, 1).any()
 
 
 def test_a_group_meets_the_same_jobs_whatever_it_does():
@@ -226,6 +229,23 @@ def test_network_agents_solve_a_signpost(kind):
         assert trained.act(seen) == best
 
 
+def test_imitation_teaches_the_way_to_the_best_rate(config):
+    """By hand: from a decade above, x0.1 leads to within 0.25 of the best; within reach only."""
+    actions = Actions(multipliers=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), rollback=False)
+    seen = np.zeros((5, SIZE), np.float32)
+    seen[:, PLACES["rate_vs_reference"]] = (-1.25, -0.25, 0.75, 1.25, 1.25)
+    seen[4, PLACES["rate_vs_start"]] = -1.0  # half a decade is left
+    expected = ["x10", "keep", "x0.1", "x0.03", "x0.3"]
+    assert [actions.label(a) for a in teacher(seen, actions)] == expected
+    torch.set_num_threads(1)
+    envs = SurrogateVectorEnv(32, actions=actions)
+    normaliser = Normaliser(np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32))
+    agent = PPOAgent(envs, 10, normaliser, PPOConfig(), actions.keep)
+    assert agent.imitate(*lessons(actions, 10, 0), 0) > 0.9
+    with pytest.raises(BadInput, match="imitate"):
+        config(agent="sarsa", imitate=True).check()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_fifty_kills_leave_the_same_artifact(config, tmp_path, agent):
@@ -236,6 +256,8 @@ def test_fifty_kills_leave_the_same_artifact(config, tmp_path, agent):
         import torch; torch.set_num_threads(1)
         from pathlib import Path
         from tuner.curriculum import TrainConfig
+from tuner.imitation import lessons, teacher
+from tuner.policy import PLACES
         from tuner.train import train
         config = TrainConfig.model_validate_json({settings.model_dump_json()!r})
         train(config, Path({str(tmp_path / "killed")!r}))

@@ -48,6 +48,10 @@ class TrainConfig(BaseModel):
     larger: tuple[str | dict[str, Any], ...] = Field(
         (), description="tasks of the last stage, on larger models for one"
     )
+    imitate: bool = Field(
+        False, description="ppo first learns what the best recorded schedule would do"
+    )
+    rate: float = Field(1e-3, gt=0, le=1, description="learning rate of ppo and dqn at the start")
     surrogate: float = Field(
         0.15, ge=0, lt=1, description="share of the training on simulated runs"
     )
@@ -123,6 +127,11 @@ class TrainConfig(BaseModel):
             raise BadInput(
                 f"train: envs: {self.envs} do not share out over {self.workers} workers evenly; "
                 "give a multiple"
+            )
+        if self.imitate and (self.agent != "ppo" or self.view != "discrete"):
+            raise BadInput(
+                f"train: imitate: {self.agent} with {self.view} actions cannot; use ppo and "
+                "discrete, or leave it out"
             )
         if self.agent == "ppo" and self.envs % self.group:
             raise BadInput(

@@ -12,9 +12,12 @@ from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import set_random_seed
+from torch.nn import functional
 
 from tuner.agent import Arrays, Network, Normaliser
 from tuner.vecenv import VectorAdapter
+
+IMITATED, SMOOTH = 256, 0.1  # rows of a batch of imitation, and how much labels are smoothed
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class PPOConfig:
     clip: float = 0.2
     entropy: float = 0.01  # at the start; falls linearly to nothing
     layers: tuple[int, ...] = (64, 64)
+    rate_of_imitation: float = 1e-3
     restraint: float = 1.5  # by how much the logit of *keep* is ahead at the start
     group: int = 1  # environments that have the same episodes; see `PairedBuffer`
 
@@ -49,13 +53,14 @@ class DQNConfig:
 
 
 class PairedBuffer(RolloutBuffer):
-    """A rollout in which an episode is paid what it earned above others of the same job.
+    """A rollout in which an episode is paid, at its end, what it earned above others of its job.
 
     ``group`` neighbouring environments meet the same jobs, from the same rate and in the same
-    data order, and act each for itself. From an episode's last reward the mean return of the
-    others is taken: a baseline that its own actions have no part in, so that the gradient keeps
-    its expectation, while what the job alone decides, which is most of a return, drops out
-    (leave-one-out, Kool et al. 2019; as RLOO does, Ahmadian et al. 2024).
+    data order, and act each for itself. The mean return of the others is a baseline in which an
+    episode's own actions have no part, so that the gradient keeps its expectation, while what the
+    job alone decides, which is most of a return, drops out (leave-one-out, Kool et al. 2019; as
+    RLOO does, Ahmadian et al. 2024). Nothing is paid before the end: gains on the way are mostly
+    the job's as well.
     """
 
     def __init__(self, *given: Any, group: int = 1, **named: Any) -> None:
@@ -63,22 +68,22 @@ class PairedBuffer(RolloutBuffer):
         super().__init__(*given, **named)
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: Any) -> None:
-        """The advantages, from rewards less the baseline."""
+        """The advantages, from what was earned above the others."""
         if self._group > 1:
             ends = np.concatenate([self.episode_starts[1:], np.asarray(dones)[None]]) > 0
-            self.rewards -= others(self.rewards, ends, self._group)
+            self.rewards[:] = above_others(self.rewards, ends, self._group)
         super().compute_returns_and_advantage(last_values, dones)
 
 
-def others(
+def above_others(
     rewards: NDArray[np.float32], ends: NDArray[np.bool_], group: int
 ) -> NDArray[np.float32]:
-    """(steps, environments) rewards and last steps -> at these the mean return of the others.
+    """(steps, environments) rewards and last steps -> at these, returns less those of the others.
 
     The others: the same episode, counted from the start, of the environments in the group that
-    ended theirs; 0 if there are none, and at steps that are not the last.
+    ended theirs; without any, and at steps that are not the last, it is 0.
     """
-    baseline = np.zeros_like(rewards)
+    paid = np.zeros_like(rewards)
     count = ends.cumsum(0) - ends  # which episode a step belongs to
     for first in range(0, rewards.shape[1], group):
         part = slice(first, first + group)
@@ -89,8 +94,8 @@ def others(
             returns = np.where(done, (reward * mine).sum(0), 0.0)
             if (many := done.sum()) > 1:
                 mean = (returns.sum() - returns) / (many - 1)
-                baseline[:, part] += np.where(mine & end, mean, 0.0)
-    return baseline
+                paid[:, part] += np.where(mine & end, returns - mean, 0.0)
+    return paid
 
 
 class PPOAgent:
@@ -150,6 +155,27 @@ class PPOAgent:
             for name in ("entropy_loss", "value_loss", "approx_kl", "explained_variance")
             if f"train/{name}" in values
         }
+
+    def imitate(self, seen: NDArray[np.float32], shown: NDArray[np.int64], seed: int) -> float:
+        """Learn to act as shown: (n, features) raw, (n,) actions -> the share it gets right.
+
+        Smoothed labels leave it in doubt enough to try other actions afterwards.
+        """
+        policy, normaliser = self._model.policy, self._venv.look
+        states, labels = torch.from_numpy(normaliser(seen)), torch.from_numpy(shown)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=self._config.rate_of_imitation)
+        order = np.random.default_rng(seed)
+        for _ in range(self._config.epochs):
+            shuffled = order.permutation(len(labels))
+            for rows in np.split(shuffled, range(IMITATED, len(labels), IMITATED)):
+                logits = policy.get_distribution(states[rows]).distribution.logits
+                loss = functional.cross_entropy(logits, labels[rows], label_smoothing=SMOOTH)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        with torch.no_grad():
+            chosen = policy.get_distribution(states).distribution.logits.argmax(-1)
+        return float((chosen == labels).float().mean())
 
     def network(self) -> tuple[Network, Arrays]:
         """The actor alone; a continuous one acts by its mean."""

@@ -26,6 +26,7 @@ from envs.hardware import Plan
 from tuner import policy
 from tuner.agent import Agent, Normaliser
 from tuner.curriculum import TrainConfig, iteration_seed, opened, plan_of
+from tuner.imitation import lessons
 from tuner.policy import Policy
 from tuner.recorder import Recorder
 from tuner.tabular import TabularAgent, TabularConfig, q_learning, sarsa
@@ -69,6 +70,8 @@ def train(
                 agent = make_agent(config, recorder, normaliser)
                 if learned is not None:
                     agent.load(learned)
+                elif config.imitate:
+                    _imitate(config, agent)
                 continue  # a finished training that is repeated learns no more
             recorder.forget()
             figures = agent.learn(recorder, iteration_seed(config.seed, len(rows)), share)
@@ -113,9 +116,19 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     decisions = config.task_list()[0].decisions
     if config.agent == "ppo":
         keep = config.actions().keep if config.view == "discrete" else None
-        settings = PPOConfig(episodes=config.episodes, group=config.group)
+        settings = PPOConfig(episodes=config.episodes, rate=config.rate, group=config.group)
         return PPOAgent(envs, decisions, normaliser, settings, keep)
-    return DQNAgent(envs, decisions, normaliser, DQNConfig(episodes=config.episodes))
+    return DQNAgent(
+        envs, decisions, normaliser, DQNConfig(episodes=config.episodes, rate=config.rate)
+    )
+
+
+def _imitate(config: TrainConfig, agent: Any) -> None:
+    """Show a new agent what the best recorded schedule would do."""
+    tasks = config.task_list()
+    adapters = any(task.adapter == "lora" for task in tasks)
+    shown = lessons(config.actions(), tasks[0].decisions, config.seed, adapters=adapters)
+    agent.imitate(*shown, config.seed)
 
 
 def make_policy(

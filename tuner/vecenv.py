@@ -20,7 +20,7 @@ class VectorAdapter(VecEnv):
 
     def __init__(self, envs: VectorEnv, look: Look, group: int = 1) -> None:
         """group: neighbours that are given the same seed, and so the same episodes."""
-        self._envs, self._look, self._actions = envs, look, np.empty(0)
+        self._envs, self.look, self._actions = envs, look, np.empty(0)
         self._group = group
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
 
@@ -31,7 +31,7 @@ class VectorAdapter(VecEnv):
             seeds = [first + i // self._group for i in range(self.num_envs)]
         observations, _ = self._envs.reset(seed=seeds)
         self._reset_seeds()
-        return self._look(observations)
+        return self.look(observations)
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Keep the actions for `step_wait`."""
@@ -45,9 +45,9 @@ class VectorAdapter(VecEnv):
         done = terminated | truncated
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(done):
-            infos[i]["terminal_observation"] = self._look(info["final_obs"][i])
+            infos[i]["terminal_observation"] = self.look(info["final_obs"][i])
             infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-        return self._look(observations), rewards.astype(np.float32), done, infos
+        return self.look(observations), rewards.astype(np.float32), done, infos
 
     def close(self) -> None:
         """The VectorEnv belongs to its maker, who closes it."""
