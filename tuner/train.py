@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,8 @@ def train(
                 if learned is not None:
                     agent.load(learned)
                 elif config.imitate:
-                    _imitate(config, agent)
+                    shown = lessons(config.actions(), config.task_list()[0].decisions, config.seed)
+                    cast(Any, agent).imitate(*shown, config.seed)
                 continue  # a finished training that is repeated learns no more
             recorder.forget()
             figures = agent.learn(recorder, iteration_seed(config.seed, len(rows)), share)
@@ -121,14 +122,6 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     return DQNAgent(
         envs, decisions, normaliser, DQNConfig(episodes=config.episodes, rate=config.rate)
     )
-
-
-def _imitate(config: TrainConfig, agent: Any) -> None:
-    """Show a new agent what the best recorded schedule would do."""
-    tasks = config.task_list()
-    adapters = any(task.adapter == "lora" for task in tasks)
-    shown = lessons(config.actions(), tasks[0].decisions, config.seed, adapters=adapters)
-    agent.imitate(*shown, config.seed)
 
 
 def make_policy(
