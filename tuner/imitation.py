@@ -2,8 +2,9 @@
 
 On the training tasks one rate, relative to the rule of thumb for the model's size, is about as good
 as each job's own best (`benchmarks/headroom.py`). The teacher goes there at once, from wherever the
-user started, and stays. It is shown on simulated runs, on states that it and random actions lead to
-(as in DAgger, Ross et al. 2011), so that a network also learns the way back.
+user started, and stays; a rate that is as good within a point or so it leaves alone. It is shown
+on simulated runs, on states that it and random actions lead to (as in DAgger, Ross et al. 2011), so
+that a network also learns the way back.
 """
 
 import numpy as np
@@ -15,23 +16,24 @@ from envs.observe import FEATURES
 from envs.surrogate import SurrogateVectorEnv
 
 BEST = -0.12  # decades from the reference rate, with all weights and with LoRA
+GOOD = (-0.25, 0.05)  # where nothing is to be won by a change
 STRAY = 0.3  # share of decisions that are random
 RUNS, EPISODES = 512, 4
 _PLACES = {feature.name: place for place, feature in enumerate(FEATURES)}
 
 
 def teacher(observations: NDArray[np.float32], actions: Actions) -> NDArray[np.int64]:
-    """(n, features) raw -> (n,) discrete actions: the multiplier that leads nearest to `BEST`.
+    """(n, features) raw -> (n,) discrete actions.
 
-    A rate further than `EXPLORE` from the start cannot be reached; of equals, *keep* is taken.
+    *Keep* where the rate is `GOOD`, else what leads nearest to `BEST`. A rate further than `EXPLORE` from the start cannot be reached.
     """
+    rate = observations[:, _PLACES["rate_vs_reference"]]
     moved, reach = observations[:, _PLACES["rate_vs_start"]], np.log10(EXPLORE)
-    wish = BEST - observations[:, _PLACES["rate_vs_reference"]]
-    wish = np.clip(wish, -reach - moved, reach - moved)
+    wish = np.clip(BEST - rate, -reach - moved, reach - moved)
     steps = np.log10(np.array(actions.multipliers))
-    distance = np.abs(wish[:, None] - steps)
-    distance[:, actions.keep] -= 1e-6
-    return np.asarray(distance.argmin(1), dtype=np.int64)
+    nearest = np.abs(wish[:, None] - steps).argmin(1)
+    good = (rate >= GOOD[0]) & (rate <= GOOD[1])
+    return np.asarray(np.where(good, actions.keep, nearest), dtype=np.int64)
 
 
 def lessons(

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tuner.agent import Arrays, Network, Normaliser
 from tuner.vecenv import VectorAdapter
 
-IMITATED, SMOOTH = 256, 0.1  # rows of a batch of imitation, and how much labels are smoothed
+IMITATED, SMOOTH = 256, 0.02  # rows of a batch of imitation, and how much labels are smoothed
 
 
 @dataclass(frozen=True)
