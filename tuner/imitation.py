@@ -25,7 +25,8 @@ _PLACES = {feature.name: place for place, feature in enumerate(FEATURES)}
 def teacher(observations: NDArray[np.float32], actions: Actions) -> NDArray[np.int64]:
     """(n, features) raw -> (n,) discrete actions.
 
-    *Keep* where the rate is `GOOD`, else what leads nearest to `BEST`. A rate further than `EXPLORE` from the start cannot be reached.
+    *Keep* where the rate is `GOOD`, else what leads nearest to `BEST`. A rate further than
+    `EXPLORE` from the start cannot be reached.
     """
     rate = observations[:, _PLACES["rate_vs_reference"]]
     moved, reach = observations[:, _PLACES["rate_vs_start"]], np.log10(EXPLORE)
