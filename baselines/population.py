@@ -121,10 +121,8 @@ class Pbt:
             while budget.total - budget.spent >= least * (1 - 1e-9):
                 left = math.floor((budget.total - budget.spent) / run_cost(task) + 1e-9)
                 members, seed = max(1, min(self.population, left)), seed_of(arena, number)
-                # One alone has nobody to wait for, and waiting takes Ray seconds.
-                every = self.every if members > 1 else task.decisions + 1
                 scheduler = raytune.Pbt(
-                    seed, space["rate"][1:], every, quantile_fraction=self.share,
+                    seed, space["rate"][1:], self.every, quantile_fraction=self.share,
                     perturbation_factors=self.factors, resample_probability=self.resample,
                 )  # fmt: skip
                 with Herd(arena, members) as herd:

@@ -109,7 +109,7 @@ def search(jobs: Jobs, space: Space, scheduler: Any, seed: int, samples: int | N
     what a job raised, and `RunFailed` if Ray itself failed.
     """
     with running() as folder, Desk(jobs, folder / "desk") as desk:
-        drawing = BasicVariantGenerator(random_state=seed, max_concurrent=0 if samples else 1)
+        drawing = _Draws(desk.path, random_state=seed, max_concurrent=0 if samples else 1)
         tuner = tune.Tuner(
             Remote,
             param_space={"desk": desk.path}
@@ -221,7 +221,21 @@ def _ask(path: str, *message: Any) -> Any:
         return line.recv() if message else None
 
 
-# Ray pickles these two, so that they know the desk by its path.
+# Ray pickles these, so that they know the desk by its path.
+class _Draws(BasicVariantGenerator):
+    """Ray's random draws, of which none is the last while a trial is under way.
+
+    After the last one, Ray would end an actor whenever all trials wait, and start another anew.
+    """
+
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._path = path
+
+    def is_finished(self) -> bool:
+        return super().is_finished() and (not self._live_trials or bool(_ask(self._path, "over")))
+
+
 class _Over(tune.Stopper):
     def __init__(self, path: str) -> None:
         self._path = path

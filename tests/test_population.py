@@ -232,7 +232,7 @@ class Broken(FakeJob):
         return super().advance(steps)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def one_ray():
     from baselines import raytune
 
