@@ -109,7 +109,7 @@ def search(jobs: Jobs, space: Space, scheduler: Any, seed: int, samples: int | N
     what a job raised, and `RunFailed` if Ray itself failed.
     """
     with running() as folder, Desk(jobs, folder / "desk") as desk:
-        drawing = _Draws(desk.path, random_state=seed, max_concurrent=0 if samples else 1)
+        drawing = _Draws(random_state=seed, max_concurrent=0 if samples else 1)
         tuner = tune.Tuner(
             Remote,
             param_space={"desk": desk.path}
@@ -132,8 +132,8 @@ def search(jobs: Jobs, space: Space, scheduler: Any, seed: int, samples: int | N
         finally:
             shutil.rmtree(folder / "search", ignore_errors=True)
     if failures and not desk.over:
-        reason = str(failures[0]).strip().splitlines()[-1:]
-        raise RunFailed(f"ray: {' '.join(reason)}; look for memory and disk, and run again")
+        reason = str(failures[0]).strip().splitlines()[-1].partition(". ")[0]
+        raise RunFailed(f"ray: {reason}; look for memory and disk, and run again")
 
 
 class Remote(tune.Trainable):
@@ -221,21 +221,30 @@ def _ask(path: str, *message: Any) -> Any:
         return line.recv() if message else None
 
 
-# Ray pickles these, so that they know the desk by its path.
 class _Draws(BasicVariantGenerator):
     """Ray's random draws, of which none is the last while a trial is under way.
 
     After the last one, Ray would end an actor whenever all trials wait, and start another anew.
     """
 
-    def __init__(self, path: str, **options: Any) -> None:
-        super().__init__(**options)
-        self._path = path
+    _drawing = _ended = False
+
+    def next_trial(self) -> Any:
+        self._drawing = True
+        try:
+            return super().next_trial()
+        finally:
+            self._drawing = False
+
+    def set_finished(self) -> None:
+        super().set_finished()
+        self._ended = not self._drawing  # else it is only that all are drawn
 
     def is_finished(self) -> bool:
-        return super().is_finished() and (not self._live_trials or bool(_ask(self._path, "over")))
+        return super().is_finished() and (self._ended or not self._live_trials)
 
 
+# Ray pickles these two, so that they know the desk by its path.
 class _Over(tune.Stopper):
     def __init__(self, path: str) -> None:
         self._path = path
