@@ -83,7 +83,7 @@ class Search:
         study = self._study(arena)
         while True:
             trial = study.ask()
-            knobs, multipliers = _draw(trial, center, self.decades, arena.task.adapter, self.knots)
+            knobs, multipliers = draw(trial, center, self.decades, arena.task.adapter, self.knots)
             ended = finish(
                 arena,
                 arena.open(knobs),
@@ -125,10 +125,10 @@ def _sampler(name: Sampler, seed: int) -> Any:
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
 
-def _draw(
+def draw(
     trial: Any, center: float, decades: float, adapter: str, knots: int
 ) -> tuple[Knobs, tuple[float, ...]]:
-    """A trial's settings, and its knots if there are any."""
+    """A trial's settings, and its knots if there are any; ``trial`` suggests as Optuna's do."""
     shape: Shape = "constant"
     warmup, multipliers = 0.0, ()
     rate = trial.suggest_float("rate", center / 10**decades, center * 10**decades, log=True)

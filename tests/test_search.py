@@ -14,8 +14,8 @@ from baselines.search import (
     NO_DECAY,
     Sampler,
     Search,
-    _draw,
     along,
+    draw,
 )
 from envs.errors import BadInput, UnknownName
 from envs.knobs import RATE_CEILING, reference_rate
@@ -164,11 +164,11 @@ def test_knots_interpolate_to_known_rates():
 def test_each_interval_has_the_rate_of_its_place_among_the_knots(task, monkeypatch):
     drawn = []
 
-    def draw(*given):
-        drawn.append(_draw(*given))
+    def noted(*given):
+        drawn.append(draw(*given))
         return drawn[-1]
 
-    monkeypatch.setattr("baselines.search._draw", draw)
+    monkeypatch.setattr("baselines.search.draw", noted)
     for trial in trials(Search(knots=KNOTS, decades=0.1), runs=5, task=task):
         knobs, multipliers = drawn.pop(0)
         assert trial.knobs == knobs

@@ -13,6 +13,7 @@ from baselines.feedback import FEEDBACK
 from baselines.ledger import Ledger, key_of
 from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
 from baselines.optimizers import OPTIMIZERS
+from baselines.population import POPULATIONS
 from baselines.schedules import STATIC, Fixed, KeepAgain, best_fixed, grid
 from baselines.search import KNOTS, Search
 from envs.errors import BadInput, UnknownName
@@ -32,7 +33,8 @@ SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
 KNOTTED = ("random+knots", "tpe+knots")
 SHOWN = "cells of the latest comparison"
 SINGLE = STATIC | {KeepAgain.name: KeepAgain} | FEEDBACK | OPTIMIZERS  # of one run, by name
-KNOWN = (*SINGLE, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED)
+KNOWN = (*SINGLE, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED,
+         *POPULATIONS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def make_method(name: str) -> Method:
     """A contestant by its name on the command line; ``fixed`` has to be found first."""
     if name in SINGLE:
         return SINGLE[name]()
+    if name in POPULATIONS:
+        return POPULATIONS[name]()
     if name not in KNOWN or name == "fixed":
         raise UnknownName("method", name, KNOWN)
     sampler, _, extra = name.partition("+")

@@ -72,7 +72,7 @@ class CompareConfig(BaseModel):
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
         description="keep, trainer-default, cosine-warmup, constant, fixed; keep-again, keep with "
         "other seeds; range-test, plateau, greedy; schedule-free, prodigy; or random, tpe, "
-        "tpe-independent, gp or cmaes, plain or +hyperband, random and tpe also +knots",
+        "tpe-independent, gp or cmaes, plain or +hyperband, random and tpe also +knots; asha, pbt",
     )  # fmt: skip
     training: tuple[str | dict[str, Any], ...] = Field(
         ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
