@@ -69,7 +69,7 @@ def agents(known: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """Every agent that was trained, and fixed rates, on the tasks for choosing."""
     for name, row in known["scores"].items():
         if name != "base":
-            shown = f"{name}, chosen" if name == f"agent {known['chosen']}" else name
+            shown = f"{name}, chosen" if name == f"agent{known['chosen']}" else name
             yield shown, f"{row['test']:.3f}", f"{row['gain']:+.3f}", f"{row['standard_error']:.3f}"
 
 

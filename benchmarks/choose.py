@@ -44,7 +44,7 @@ def main() -> None:
     seeds = range(options.agents)
     with ThreadPoolExecutor(max(1, options.workers)) as pool:
         paths = list(pool.map(lambda s: learn(options.config, s, options.out / str(s)), seeds))
-    agents = [PolicyMethod(policy.load(path), f"agent {s}") for s, path in enumerate(paths)]
+    agents = [PolicyMethod(policy.load(path), f"agent{s}") for s, path in enumerate(paths)]
     scores = judge([*rivals(), *agents], options.out, options.workers)
     means = [float(scores[agent.name].mean()) for agent in agents]
     best = max(seeds, key=means.__getitem__)

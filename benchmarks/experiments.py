@@ -118,7 +118,7 @@ def rivals() -> list[Method]:
     """What needs no learning: the user's rate kept, and one rate for every job."""
     fixed = [
         Fixed(Knobs(10.0**decades, "linear"), True, f"{decades:+g} decades")
-        for decades in (-1.0, -0.75, -0.5, -0.25, 0.0)
+        for decades in (-0.5, -0.25, 0.0)
     ]
     return [STATIC["keep"](), *fixed]
 

@@ -602,6 +602,15 @@ def test_runs_that_cannot_be_steered_are_refused_at_once(task, tmp_path, args):
     assert "\n" not in str(caught.value)
 
 
+def test_the_shipped_policy_steers_by_its_name(task, tmp_path):
+    callback = TunerCallback("default")
+    train(task, tmp_path, callback)
+    log = [json.loads(line) for line in (tmp_path / "tuner.jsonl").read_text().splitlines()]
+    assert len(log) > 3
+    assert {entry["sha256"] for entry in log} == {artifacts.load(artifacts.DEFAULT).sha256}
+    assert artifacts.DEFAULT.stat().st_size < 1_000_000
+
+
 def test_a_bad_call_is_refused():
     with pytest.raises(BadInput, match="mode"):
         TunerCallback(Stub(), mode="bold")

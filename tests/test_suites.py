@@ -1,6 +1,6 @@
 """The plan is valid, and the benchmark that runs it picks up where it was left."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -67,7 +67,8 @@ def small(tiny_task, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", replace(tiny_task()))
     common = {"tasks": ("tiny",), "training": ("tiny",), "runs": 2, "seeds": 1, "search_seeds": 1}
     one = CompareConfig(**common, methods=("keep", "random"))
-    two = CompareConfig(**common, methods=("keep",), offsets=(-1.0, 1.0), mode="careful")
+    described = {**common, "tasks": (asdict(tiny_task()),)}
+    two = CompareConfig(**described, methods=("keep",), offsets=(-1.0, 1.0), mode="careful")
     return [Suite("one", "The first.", one), Suite("two", "The second.", two)]
 
 

@@ -32,13 +32,13 @@ def run_benchmark(
     tells of the first.
     """
     changes = {"workers": workers}
-    configs = {suite: suite.config(scale).model_copy(update=changes) for suite in suites}
-    sizes = [size(config, policies) for config in configs.values()]
+    configs = [suite.config(scale).model_copy(update=changes) for suite in suites]
+    sizes = [size(config, policies) for config in configs]
     make_folder(out)
-    asking = [config for config in configs.values() if "fixed" in config.methods]
+    asking = [config for config in configs if "fixed" in config.methods]
     fixed = find_fixed(asking[0], out, tick) if asking else None
     broken: list[RunFailed] = []
-    for number, (suite, config) in enumerate(configs.items()):
+    for number, (suite, config) in enumerate(zip(suites, configs, strict=True)):
         before, total = sum(sizes[:number]), sum(sizes)
 
         def on_cell(done: int, _: int, words: str, name: str = suite.name, before: int = before,
