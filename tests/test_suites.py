@@ -40,7 +40,7 @@ def test_quick_is_a_small_part_of_full():
     for suite in SUITES.values():
         quick, full = suite.config("quick"), suite.config("full")
         work = [size(config, policies) * config.runs for config in (quick, full)]
-        assert work[0] < work[1] / 2
+        assert work[0] <= work[1] / 2
         assert set(quick.methods) <= set(full.methods)
         assert quick.tasks == full.tasks
 
