@@ -20,7 +20,7 @@ def config(tiny_task):
     def make(**changes):
         base = {
             "tasks": ({**fields, "dataset": str(fields["dataset"])},), "iterations": 4,
-            "budget": "", "episodes": 1, "envs": 2, "workers": 0, "pack": 2, "steps": 8,
+            "budget": "", "episodes": 1, "envs": 2, "group": 2, "workers": 0, "pack": 2, "steps": 8,
             "interval": 2, "surrogate": 0.5,
         }  # fmt: skip
         return TrainConfig(**(base | changes))
