@@ -206,12 +206,10 @@ def run_cell(cell: Cell, make_job: MakeJob = TorchJob) -> dict[str, Any]:
         )
 
 
-def run_cells(
-    cells: Sequence[Cell], make_job: MakeJob = TorchJob, how: Plan | None = None
-) -> list[dict[str, Any] | str]:
+def run_cells(cells: Sequence[Cell], make_job: MakeJob, how: Plan) -> list[dict[str, Any] | str]:
     """The outcome of each cell, or why it failed; several are computed in one pack.
 
-    The seconds of a pack are shared out by what its cells spent.
+    how: what packs are; their seconds are shared out by what their cells spent.
     """
 
     def attempt(cell: Cell, make_job: MakeJob) -> dict[str, Any] | str:
@@ -222,7 +220,7 @@ def run_cells(
 
     if len(cells) == 1:
         return [attempt(cells[0], make_job)]
-    lockstep = _lockstep(how or Plan("cpu", len(cells)), _room(cells[0].task))
+    lockstep = _lockstep(how, _room(cells[0].task))
     began = time.perf_counter()
     try:
         with _one_thread():

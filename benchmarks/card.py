@@ -3,7 +3,7 @@
     python benchmarks/card.py
 
 Training and envelope are read from `tuner/default.safetensors`, the choice among agents from
-results/tuner.json, the scores from results/evidence.json; nothing on the page is typed in.
+results/tuner.json, the scores from results/evidence.json; only its limits are told in words here.
 """
 
 import json

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from headroom import TRAINED
 from record import merge
 
 from baselines.compare import compare
@@ -45,7 +46,6 @@ BASE: dict[str, Any] = {
     "compile": True,
 }
 CHOOSING, RELATIVES, JOB_SEEDS = ("nyt", "nyt/tiny-64"), 3, range(4)
-TRAINED = ("trec6", "trec50", "sms", "movie", "amazon", "tweets")
 STARTS = 2.0  # runs of a budget: one, and what its validation costs
 
 

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from envs.env import EXPLORE
 from envs.knobs import Actions
-from envs.observe import FEATURES
 from envs.surrogate import SurrogateVectorEnv
+from tuner.policy import PLACES
 
 BEST = -0.12  # decades from the reference rate, with all weights and with LoRA
 GOOD = (-0.25, 0.05)  # where nothing is to be won by a change
 STRAY = 0.3  # share of decisions that are random
 RUNS, EPISODES = 512, 4
-_PLACES = {feature.name: place for place, feature in enumerate(FEATURES)}
 
 
 def teacher(observations: NDArray[np.float32], actions: Actions) -> NDArray[np.int64]:
@@ -28,8 +27,8 @@ def teacher(observations: NDArray[np.float32], actions: Actions) -> NDArray[np.i
     *Keep* where the rate is `GOOD`, else what leads nearest to `BEST`. A rate further than
     `EXPLORE` from the start cannot be reached.
     """
-    rate = observations[:, _PLACES["rate_vs_reference"]]
-    moved, reach = observations[:, _PLACES["rate_vs_start"]], np.log10(EXPLORE)
+    rate = observations[:, PLACES["rate_vs_reference"]]
+    moved, reach = observations[:, PLACES["rate_vs_start"]], np.log10(EXPLORE)
     wish = np.clip(BEST - rate, -reach - moved, reach - moved)
     steps = np.log10(np.array(actions.multipliers))
     nearest = np.abs(wish[:, None] - steps).argmin(1)
