@@ -40,12 +40,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from baselines.stats import bootstrap
 from envs import workload
+from envs.instruments import Eyes, Slice
 from envs.knobs import Actions
 from envs.observe import SIZE
 from envs.task import find
 from envs.workload import Tokens
 from tuner.callback import TunerCallback
-from tuner.instruments import Eyes, Slice
 
 BAR = 1.01
 STEPS, DECISIONS, BATCH, LENGTH, ROWS = 60, 10, 16, 32, 128

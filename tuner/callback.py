@@ -13,24 +13,15 @@ from transformers.trainer_callback import ExportableState
 
 from envs import probe
 from envs.errors import BadInput, SteersmanError
+from envs.instruments import Eyes, Rates, Slice, describe, read_weights, write_weights
 from envs.job import finite
 from envs.knobs import Knobs, Optimizer
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from tuner.audit import Pilot
 from tuner.guard import alarm, limits_of
-from tuner.instruments import (
-    Eyes,
-    Order,
-    Rates,
-    Slice,
-    describe,
-    rank,
-    read_weights,
-    share,
-    write_weights,
-)
 from tuner.logbook import Logbook
+from tuner.processes import Order, rank, share
 from tuner.steer import Helm
 
 logger = logging.getLogger(__name__)
