@@ -11,7 +11,10 @@ import numpy as np
 from envs.catalog import CORPORA, MODELS
 from envs.errors import BadInput, UnknownName, lookup
 
-Objective = Literal["classification"]
+Objective = Literal[
+    "classification", "regression", "tokens", "causal", "translation", "headlines", "reward", "dpo",
+    "cpo", "sft", "grpo",
+]  # fmt: skip
 Adapter = Literal["full", "lora"]
 Pooling = Literal["mean", "first"]
 Split = Literal["train", "validation", "selection", "test"]
