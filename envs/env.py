@@ -74,6 +74,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         optimizers: the starting optimizer is drawn from these.
         shape: the base schedule's shape; "any" draws it.
         blind: probability that an episode runs without validation losses in its observation.
+        center: the rate that starting rates are drawn around, instead of the reference.
         make_job: opens a job; tests pass a scripted one.
 
     References: Daniel et al. 2016; Xu et al. 2019; Wu et al. 2018 (why no discount); Eimer et
@@ -94,6 +95,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         optimizers: Sequence[Optimizer] = ("adamw",),
         shape: Shape | Literal["any"] = "linear",
         blind: float = 0.0,
+        center: float | None = None,
         make_job: MakeJob = TorchJob,
     ) -> None:
         names = [task] if isinstance(task, str | Task) else list(task)
@@ -116,6 +118,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         self.action_space = self.actions.space()
         self._spread, self._vary, self._blind = spread, vary, blind
         self._optimizers, self._shape, self._make_job = tuple(optimizers), shape, make_job
+        self._center = center
         self._job: Job | None = None
         self._over = True
 
@@ -192,7 +195,9 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         if shape == "any":
             shape = LIKELY[int(rng.integers(len(LIKELY)))]
         exponent = rng.uniform(-self._spread, self._spread)
-        ruler = reference_rate(workload.parameters(task.model), optimizer, task.adapter)
+        ruler = self._center or reference_rate(
+            workload.parameters(task.model), optimizer, task.adapter
+        )
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)
         return task, Knobs(rate=rate, optimizer=optimizer, shape=shape), int(rng.integers(2**31))

@@ -13,7 +13,7 @@ from envs.errors import BadInput, UnknownName, lookup
 
 Objective = Literal[
     "classification", "regression", "tokens", "causal", "translation", "headlines", "reward", "dpo",
-    "cpo", "sft", "grpo",
+    "cpo", "sft", "grpo", "own",
 ]  # fmt: skip
 Adapter = Literal["full", "lora"]
 Pooling = Literal["mean", "first"]
