@@ -18,7 +18,7 @@ def same(first, second):
 
 
 class JobConformance:
-    """Subclasses give `open`: a job of `STEPS` updates in intervals of 4, with dropout if it may."""
+    """Subclasses give `open`: a job of `STEPS` updates, interval 4, with dropout if it may."""
 
     RATE = 1e-2  # moves the weights and does not break them
 

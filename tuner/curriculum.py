@@ -49,7 +49,7 @@ class TrainConfig(BaseModel):
         (), description="tasks of the last stage, on larger models for one"
     )
     imitate: bool = Field(
-        False, description="ppo first learns what the best recorded schedule would do"
+        False, description="first learn what the best recorded schedule would do; not for dqn"
     )
     rate: float = Field(1e-3, gt=0, le=1, description="learning rate of ppo and dqn at the start")
     surrogate: float = Field(
@@ -128,10 +128,10 @@ class TrainConfig(BaseModel):
                 f"train: envs: {self.envs} do not share out over {self.workers} workers evenly; "
                 "give a multiple"
             )
-        if self.imitate and (self.agent != "ppo" or self.view != "discrete"):
+        if self.imitate and (self.agent == "dqn" or self.view != "discrete"):
             raise BadInput(
-                f"train: imitate: {self.agent} with {self.view} actions cannot; use ppo and "
-                "discrete, or leave it out"
+                f"train: imitate: {self.agent} with {self.view} actions cannot; use ppo, "
+                "q-learning or sarsa with discrete ones, or leave it out"
             )
         if self.agent == "ppo" and self.envs % self.group:
             raise BadInput(

@@ -9,7 +9,7 @@ import io
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ SURVEY = 2  # random episodes of each environment that fix the normaliser
 CONSTANT = 1e-3  # a feature that deviates less in training is mute: nothing was learned of it
 MUTE = 1e6  # the deviation that a mute feature is divided by
 FLOOR = 0.05  # least deviation of any other
+TAUGHT = 0.2  # exploration of a table at the start, when it has been shown what to do
 
 
 def train(
@@ -111,6 +112,8 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     if config.agent in ("q-learning", "sarsa"):
         target = q_learning if config.agent == "q-learning" else sarsa
         actions, tabular = config.actions(), TabularConfig(episodes=config.episodes)
+        if config.imitate:
+            tabular = replace(tabular, explore_from=TAUGHT)
         return TabularAgent(target, actions.size, actions.keep, tabular)
     from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
 
