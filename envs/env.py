@@ -9,7 +9,7 @@ import numpy as np
 
 from envs import workload
 from envs.errors import BadInput, UnknownName
-from envs.job import Job, TorchJob, report_start, with_validation
+from envs.job import Job, report_start, with_validation
 from envs.knobs import (
     OPTIMIZERS,
     RATE_CEILING,
@@ -27,6 +27,7 @@ from envs.knobs import (
 from envs.observe import mean_loss, observe, space
 from envs.progress import Context, Progress
 from envs.reward import CEILING, PENALTY, gain, potential
+from envs.start import data_of, open_job
 from envs.task import Task, find, vary
 
 MakeJob = Callable[[Task, int, Knobs], Job]
@@ -96,7 +97,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         shape: Shape | Literal["any"] = "linear",
         blind: float = 0.0,
         center: float | None = None,
-        make_job: MakeJob = TorchJob,
+        make_job: MakeJob = open_job,
     ) -> None:
         names = [task] if isinstance(task, str | Task) else list(task)
         if not names:
@@ -204,11 +205,11 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
 
     def _relative(self, task: Task) -> Task:
         """A random relative that the data can serve: few rows of a class rule some out."""
-        classes = workload.load(task).classes
+        classes = data_of(task).classes
         for _ in range(20):
             relative = vary(task, classes, self.np_random)
             try:
-                workload.load(relative)
+                data_of(relative)
             except BadInput:
                 continue
             return relative

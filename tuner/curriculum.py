@@ -11,14 +11,13 @@ import torch
 from gymnasium.vector import VectorEnv
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from envs import workload
 from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
 from envs.hardware import Plan, probe
-from envs.job import TorchJob
 from envs.knobs import Actions
 from envs.lockstep import Lockstep
 from envs.packed import family
+from envs.start import data_of, open_job
 from envs.surrogate import SurrogateVectorEnv
 from envs.task import Task, find, reshape
 from envs.vector import PackedVectorEnv
@@ -202,7 +201,7 @@ def _make(config: TrainConfig, plan: Plan, stage: Stage) -> VectorEnv:
             blind=config.blind,
         )  # fmt: skip
     for task in config.task_list(stage):  # read once here; forked processes share the memory
-        workload.load(task)
+        data_of(task)
     if not config.workers:
         return _part(config, plan, stage, range(config.envs))
     lockstep = _lockstep(config, plan, stage)
@@ -216,7 +215,7 @@ def _make(config: TrainConfig, plan: Plan, stage: Stage) -> VectorEnv:
     size = config.envs // config.workers
     parts = [partial(_part, config, plan, stage, range(i * size, (i + 1) * size))
              for i in range(config.workers)]  # fmt: skip
-    return WorkerVectorEnv(parts, _make_env(config, stage, 0, TorchJob), size)
+    return WorkerVectorEnv(parts, _make_env(config, stage, 0, open_job), size)
 
 
 def _part(config: TrainConfig, plan: Plan, stage: Stage, numbers: Iterable[int]) -> PackedVectorEnv:
@@ -226,7 +225,7 @@ def _part(config: TrainConfig, plan: Plan, stage: Stage, numbers: Iterable[int])
 
 
 def _lockstep(config: TrainConfig, plan: Plan, stage: Stage) -> Lockstep:
-    classes = max(len(workload.load(task).classes) for task in config.task_list(stage))
+    classes = max(len(data_of(task).classes) for task in config.task_list(stage))
     return Lockstep(plan, classes=classes)
 
 

@@ -19,10 +19,11 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from baselines.identity import code_version
-from envs import observe, workload
+from envs import observe
 from envs.errors import BadInput
 from envs.files import write_atomic
 from envs.hardware import Plan
+from envs.start import data_of
 from tuner import policy
 from tuner.agent import Agent, Normaliser
 from tuner.curriculum import TrainConfig, iteration_seed, opened, plan_of
@@ -153,7 +154,7 @@ def make_policy(
     last = rows[-max(1, len(rows) // 5) :]
     provenance = {
         "config": config.model_dump(mode="json"),
-        "data": {task.name: workload.load(task).fingerprint for task in tasks},
+        "data": {task.name: data_of(task).fingerprint for task in tasks},
         "episodes": sum(row["episodes"] for row in rows),
         "decisions": sum(row["decisions"] for row in rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
@@ -231,7 +232,7 @@ def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def _made_with(config: TrainConfig) -> dict[str, str]:
     """What else decides the weights: code, libraries and data."""
-    data = {task.name: workload.load(task).fingerprint for task in config.task_list()}
+    data = {task.name: data_of(task).fingerprint for task in config.task_list()}
     libraries = {name: version(name) for name in ("torch", "transformers", "stable-baselines3")}
     return {"code": code_version("tuner.train")} | libraries | data
 
