@@ -255,6 +255,23 @@ def test_imitation_teaches_the_way_to_the_best_rate(config):
         config(agent="dqn", imitate=True).check()
 
 
+def test_imitation_alone_is_a_policy_like_any_other(config, tmp_path):
+    """It goes where the teacher goes, and is what PPO begins with."""
+    actions = {"multipliers": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "rollback": False}
+    taught = train(config(agent="imitation", **actions), tmp_path / "taught")
+    assert taught.manifest.algorithm == "imitation"
+    assert taught.manifest.provenance["episodes"] == 0
+    seen = np.zeros(SIZE, np.float32)
+    chosen = []
+    for decades in (-1.25, 0.0, 1.25):
+        seen[PLACES["rate_vs_reference"]] = decades
+        chosen.append(taught.manifest.actions.label(taught.act(seen)))
+    assert chosen == ["x10", "keep", "x0.03"]
+    begun = train(config(imitate=True, iterations=1, rate=1e-9, **actions), tmp_path / "begun")
+    for name, array in taught.arrays.items():
+        assert np.allclose(array, begun.arrays[name], atol=1e-5), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_fifty_kills_leave_the_same_artifact(config, tmp_path, agent):

@@ -24,7 +24,7 @@ from envs.vector import PackedVectorEnv
 from envs.workers import WorkerVectorEnv
 from tuner.recorder import Recorder
 
-Algorithm = Literal["ppo", "dqn", "q-learning", "sarsa"]
+Algorithm = Literal["ppo", "imitation", "dqn", "q-learning", "sarsa"]
 Stage = Literal["surrogate", "tasks", "larger"]
 SIMULATED = 512  # runs of the surrogate stepped together
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -35,7 +35,10 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    agent: Algorithm = Field("ppo", description="learner: ppo, dqn, q-learning or sarsa")
+    agent: Algorithm = Field(
+        "ppo",
+        description="learner: ppo, dqn, q-learning, sarsa; or imitation, which is taught alone",
+    )
     budget: str = Field("10m", description="time to train: 90s, 10m, 2h; empty: by iterations")
     iterations: int = Field(
         0, ge=0, le=1_000_000, description="rollouts at most, each of whole episodes; 0: no limit"
@@ -120,7 +123,7 @@ class TrainConfig(BaseModel):
 
     def check(self) -> None:
         """Raise `BadInput` for what only becomes wrong together."""
-        if not self.budget and not self.iterations:
+        if not self.budget and not self.iterations and self.agent != "imitation":
             raise BadInput("train: budget, iterations: both empty; give how long to train")
         if self.workers and self.envs % self.workers:
             raise BadInput(
@@ -132,7 +135,7 @@ class TrainConfig(BaseModel):
                 f"train: imitate: {self.agent} with {self.view} actions cannot; use ppo, "
                 "q-learning or sarsa with discrete ones, or leave it out"
             )
-        if self.agent == "ppo" and self.envs % self.group:
+        if self.agent in ("ppo", "imitation") and self.envs % self.group:
             raise BadInput(
                 f"train: envs: {self.envs} do not share out over groups of {self.group} evenly; "
                 "give a multiple"

@@ -72,7 +72,7 @@ def train(
                 agent = make_agent(config, recorder, normaliser)
                 if learned is not None:
                     agent.load(learned)
-                elif config.imitate:
+                elif config.imitate or config.agent == "imitation":
                     shown = lessons(config.actions(), config.task_list()[0].decisions, config.seed)
                     cast(Any, agent).imitate(*shown, config.seed)
                 continue  # a finished training that is repeated learns no more
@@ -89,6 +89,8 @@ def train(
 
 def done(config: TrainConfig, rows: list[dict[str, Any]]) -> float:
     """The share of the training that is done: of the iterations or of the time."""
+    if config.agent == "imitation":
+        return 1.0  # it makes no episodes
     seconds = sum(row["seconds"] for row in rows)
     return max(
         len(rows) / config.iterations if config.iterations else 0.0,
@@ -119,7 +121,7 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
 
     decisions = config.task_list()[0].decisions
-    if config.agent == "ppo":
+    if config.agent in ("ppo", "imitation"):
         keep = config.actions().keep if config.view == "discrete" else None
         settings = PPOConfig(episodes=config.episodes, rate=config.rate, group=config.group)
         return PPOAgent(envs, decisions, normaliser, settings, keep)
@@ -158,7 +160,7 @@ def make_policy(
         "episodes": sum(row["episodes"] for row in rows),
         "decisions": sum(row["decisions"] for row in rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "final_return": float(np.mean([row["return_mean"] for row in last])),
+        "final_return": float(np.mean([row["return_mean"] for row in last])) if last else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
         "threads": torch.get_num_threads(),
         "plan": asdict(plan),
