@@ -272,7 +272,7 @@ def kindness(completions: Sequence[str], **_: Any) -> list[float]:
         words = re.findall(r"\w+", plain_key(text))
         return sum(lexicon.get(word, 0.0) for word in words) / max(1, len(words))
 
-    return [0.5 + rated(text) / (2 * examples.SCALE) for text in completions]
+    return [0.5 + rated(text) / (2 * texts.RATING) for text in completions]
 
 
 @functools.cache

@@ -11,11 +11,10 @@ from typing import Any
 
 from envs import texts
 from envs.errors import BadInput, RunFailed, UnknownName
-from envs.rows import clean, plain_key, split_of
+from envs.rows import clean, digest, plain_key, split_of
 from envs.task import SPLITS, Objective, Split, Task
-from envs.texts import Article, Preferred, Rated, Tagged, Turn, Verse
+from envs.texts import RATING, Article, Preferred, Rated, Tagged, Turn, Verse
 
-SCALE = 4.0  # ratings run from -SCALE to SCALE
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,13 @@ def _splits(dataset: str, kind: type) -> dict[Split, tuple[Any, ...]]:
             raise BadInput(
                 f"{dataset}: dataset: its rows are no {kind.__name__}; take {' or '.join(fit)}"
             )
-        splits = {split: tuple(rows) for split, rows in read().items()}
-    elif dataset.lower().endswith(".jsonl"):
-        splits = _divided(_own(Path(dataset), kind))
-    else:
-        raise UnknownName("dataset of examples", dataset, SOURCES)
-    for split, rows in splits.items():
-        for number, row in enumerate(rows):
-            if problem := _problem(row):
-                raise BadInput(f"{dataset}: {split}: row {number + 1} {problem}")
-    return splits
+        if kind is Preferred:  # they come source by source
+            return {split: tuple(sorted(rows, key=lambda row: digest(row.chosen)))
+                    for split, rows in read().items()}  # fmt: skip
+        return {split: tuple(rows) for split, rows in read().items()}
+    if dataset.lower().endswith(".jsonl"):
+        return _divided(_own(Path(dataset), kind))
+    raise UnknownName("dataset of examples", dataset, SOURCES)
 
 
 def _own(path: Path, kind: type) -> list[Any]:
@@ -153,9 +149,11 @@ def _row(where: str, line: str, kind: type) -> Any:
         if not good:
             raise BadInput(f"{where}: {name}: missing or of the wrong type; see the documentation")
         found.append(value)
-    if kind is str:
-        return found[0]
-    return kind(*found, *{Rated: ("own",), Preferred: (1.0,)}.get(kind, ()))
+    extra = {Rated: ("own",), Preferred: (1.0,)}.get(kind, ())
+    row = found[0] if kind is str else kind(*found, *extra)
+    if problem := _problem(row):
+        raise BadInput(f"{where}: {problem}")
+    return row
 
 
 def _problem(row: Any) -> str:
@@ -163,17 +161,17 @@ def _problem(row: Any) -> str:
     if isinstance(row, Rated):
         if not row.text.strip() or not row.scores:
             return "has no text or no score; remove it"
-        if not all(math.isfinite(score) and abs(score) <= SCALE for score in row.scores):
-            return f"has a score outside -{SCALE:g} to {SCALE:g}; rescale the scores"
+        if not all(math.isfinite(score) and abs(score) <= RATING for score in row.scores):
+            return f"has a score outside -{RATING:g} to {RATING:g}; rescale the scores"
     elif isinstance(row, Preferred):
         if not row.chosen.strip() or not row.rejected.strip():
             return "has an empty answer; remove it"
-        if row.chosen == row.rejected or not row.strength > 0:
+        if row.chosen == row.rejected:
             return "is a tie, which prefers nothing; remove it"
     elif isinstance(row, Tagged):
         if not row.words or len(row.words) != len(row.tags):
             return f"has {len(row.words)} words and {len(row.tags)} tags; give each word one"
-    elif not all(part.strip() for part in ([row] if isinstance(row, str) else vars(row).values())):
+    elif not all(part.strip() for part in ([row] if isinstance(row, str) else row)):
         return "has an empty text; remove it"
     return ""
 
@@ -183,13 +181,12 @@ def _divided(rows: Sequence[Any]) -> dict[Split, tuple[Any, ...]]:
     keys = [_key(row, 0) for row in rows]
     if len(set(keys)) == 1:  # one prompt for all
         keys = [_key(row, 1) for row in rows]
-    order = sorted(zip(keys, rows, strict=True), key=lambda pair: hashlib.sha256(
-        pair[0].encode("utf-8", "surrogatepass")).digest())  # fmt: skip
+    order = sorted(zip(keys, rows, strict=True), key=lambda pair: digest(pair[0]))
     return {split: tuple(row for key, row in order if split_of(key) == split) for split in SPLITS}
 
 
 def _key(row: Any, number: int) -> str:
     if isinstance(row, str):
         return plain_key(row)
-    value = list(vars(row).values())[number]
+    value = row[number]
     return plain_key(value if isinstance(value, str) else " ".join(map(str, value)))

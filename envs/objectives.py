@@ -7,14 +7,14 @@ from envs.errors import lookup
 from envs.examples import Data, load
 from envs.knobs import Knobs
 from envs.setups import arguments
-from envs.task import OBJECTIVE_TASKS, Objective, Task
+from envs.task import OBJECTIVE_TASKS, Task
 from envs.trainer_job import Setup
 
 __all__ = ["MAKERS", "TASKS", "Data", "arguments", "load", "prepare"]
 
 TASKS = OBJECTIVE_TASKS
 
-MAKERS: Mapping[Objective, Callable[[Task, int, Knobs], Setup]] = {
+MAKERS: Mapping[str, Callable[[Task, int, Knobs], Setup]] = {
     "regression": supervised.regression,
     "tokens": supervised.tokens,
     "causal": supervised.causal,

@@ -119,9 +119,9 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def backbone(task: Task) -> nn.Module:
-    """A copy of the task's encoder, trainable as the task asks; adapters draw from torch's state."""
-    encoder: nn.Module = copy.deepcopy(_encoder(task.model))
+def backbone(task: Task) -> Any:
+    """A copy of the task's encoder, trainable as the task asks; adapters draw random numbers."""
+    encoder = copy.deepcopy(_encoder(task.model))
     if task.adapter == "lora":
         return with_lora(encoder)
     if task.trainable_layers is not None:
@@ -312,7 +312,7 @@ def pretrained(factory: Any, model: str, **options: Any) -> Any:
 
 
 def with_lora(model: nn.Module, new: Sequence[str] = ()) -> nn.Module:
-    """LoRA on the query and value projections; all else is frozen but the parts named in ``new``."""
+    """LoRA on the query and value projections; only the parts named in ``new`` train beside it."""
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
