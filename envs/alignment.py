@@ -1,4 +1,4 @@
-"""Alignment: TRL's trainers of reward models, preferences, demonstrations and rewards, as Setups."""
+"""Alignment: TRL's trainers, from reward models to rewards, as Setups."""
 
 import copy
 import functools
@@ -18,11 +18,22 @@ from envs.job import Score, spread
 from envs.knobs import Knobs
 from envs.rows import plain_key
 from envs.setups import (
-    AT_ONCE, IGNORED, Batch, arguments, batches, coded, collator, judging, model_of, moved, padded,
-    quiet, silent, tokenizer_of,
+    AT_ONCE,
+    IGNORED,
+    Batch,
+    arguments,
+    batches,
+    coded,
+    collator,
+    judging,
+    model_of,
+    moved,
+    quiet,
+    silent,
+    tokenizer_of,
 )  # fmt: skip
 from envs.supervised import judge_tokens, perplexity
-from envs.task import SPLITS, Split, Task
+from envs.task import Split, Task
 from envs.trainer_job import Setup
 
 BETA = 0.1  # of DPO and KTO: TRL's default
@@ -44,11 +55,14 @@ def reward(task: Task, seed: int, knobs: Knobs) -> Setup:
     tokenizer = tokenizer_of(task)
     rows = {}
     for split, part in examples.load(task).rows.items():
-        sides = [
-            coded(tokenizer, [f"{row.prompt}\n{answer(row)}" for row in part], task.max_length)
-            for answer in (lambda row: row.chosen, lambda row: row.rejected)
+        chosen, rejected = (
+            coded(tokenizer, [f"{row.prompt}\n{getattr(row, side)}" for row in part],
+                  task.max_length)
+            for side in ("chosen", "rejected")
+        )  # fmt: skip
+        rows[split] = [
+            {"chosen_ids": c, "rejected_ids": r} for c, r in zip(chosen, rejected, strict=True)
         ]
-        rows[split] = [{"chosen_ids": c, "rejected_ids": r} for c, r in zip(*sides, strict=True)]
     model = model_of(task, seed, AutoModelForSequenceClassification, ("score", "classifier"),
                      num_labels=1)  # fmt: skip
     with quiet(seed):

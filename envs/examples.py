@@ -16,7 +16,6 @@ from envs.task import SPLITS, Objective, Split, Task
 from envs.texts import RATING, Article, Preferred, Rated, Tagged, Turn, Verse
 
 
-
 @dataclass(frozen=True)
 class Data:
     """The rows of a task by split, all of one type of `envs.texts` (plain text is ``str``).

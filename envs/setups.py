@@ -146,7 +146,7 @@ def trainable(model: Any, task: Task, new: Sequence[str] = ()) -> nn.Module:
 
 
 def tokenizer_of(task: Task) -> Any:
-    """The model's tokenizer; `BadInput` without a pad or an end token, or with too few positions."""
+    """The model's tokenizer; `BadInput` without a pad token, or with too few positions."""
     tokenizer = workload.load_tokenizer(task.model)
     if tokenizer.pad_token_id is None:
         raise BadInput(f"{task.model}: tokenizer: no pad token; set tokenizer.pad_token, save it")

@@ -13,8 +13,21 @@ from envs.errors import BadInput
 from envs.job import Score
 from envs.knobs import Knobs
 from envs.setups import (
-    IGNORED, Batch, Rows, arguments, batches, coded, collator, initial_seed, judging, model_of,
-    moved, quiet, silent, token_nats, tokenizer_of,
+    IGNORED,
+    Batch,
+    Rows,
+    arguments,
+    batches,
+    coded,
+    collator,
+    initial_seed,
+    judging,
+    model_of,
+    moved,
+    quiet,
+    silent,
+    token_nats,
+    tokenizer_of,
 )  # fmt: skip
 from envs.task import Split, Task
 from envs.trainer_job import Setup
