@@ -176,8 +176,8 @@ def _problem(row: Any) -> str:
 
 
 def _divided(rows: Sequence[Any]) -> dict[Split, tuple[Any, ...]]:
-    """The four splits: rows with the same first text stay together, in the order of its hash."""
-    keys = [_key(row, 0) for row in rows]
+    """The four splits: rows with the same text to read stay together, in the order of its hash."""
+    keys = [_key(row, 1 if isinstance(row, Article) else 0) for row in rows]
     if len(set(keys)) == 1:  # one prompt for all
         keys = [_key(row, 1) for row in rows]
     order = sorted(zip(keys, rows, strict=True), key=lambda pair: digest(pair[0]))

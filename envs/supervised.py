@@ -49,7 +49,9 @@ class Regressor(nn.Module):
         """input_ids, attention_mask: (batch, length); labels: (batch,) -> squared error, values."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         found = self.head(workload.pool(states, attention_mask, self.pooling))[:, 0]
-        return _with_loss(found, None if labels is None else functional.mse_loss(found, labels))
+        if labels is None:
+            return {"logits": found}
+        return {"loss": functional.mse_loss(found, labels), "logits": found}
 
 
 class Tagger(nn.Module):
@@ -60,14 +62,10 @@ class Tagger(nn.Module):
         self.encoder = encoder
         self.head = _head(width, tags)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels: (batch, length) -> mean cross-entropy, logits."""
-        found = self.head(self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0])
-        if labels is None:
-            return _with_loss(found, None)
-        return _with_loss(found, functional.cross_entropy(found.flatten(0, 1), labels.flatten()))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """input_ids, attention_mask: (batch, length) -> logits (batch, length, tags)."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return {"logits": self.head(states)}
 
 
 def _head(width: int, outputs: int) -> nn.Linear:
@@ -75,10 +73,6 @@ def _head(width: int, outputs: int) -> nn.Linear:
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _with_loss(logits: Tensor, loss: Tensor | None) -> dict[str, Tensor]:
-    return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
 
 
 def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
@@ -124,7 +118,7 @@ def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
 
 
 def tokens(task: Task, seed: int, knobs: Knobs) -> Setup:
-    """A tag for each word, read at its first token.
+    """A tag for each word, read at its last token, which a one-way model has seen it up to.
 
     Cost: mean cross-entropy in nats a word. Metric: share of words with the right tag.
     """
@@ -136,11 +130,12 @@ def tokens(task: Task, seed: int, knobs: Knobs) -> Setup:
             list(example.words), is_split_into_words=True, truncation=True,
             max_length=task.max_length,
         )  # fmt: skip
-        labels, last = [], None
-        for word in code.word_ids():
-            known = word is not None and word != last
-            labels.append(number.get(example.tags[word], IGNORED) if known else IGNORED)
-            last = word
+        words = code.word_ids()
+        labels = [
+            number.get(example.tags[word], IGNORED) if word is not None and word != after
+            else IGNORED
+            for word, after in zip(words, [*words[1:], None], strict=True)
+        ]  # fmt: skip
         return {"input_ids": code["input_ids"], "labels": labels}
 
     rows = {split: [row(example) for example in part] for split, part in data.rows.items()}
@@ -157,7 +152,9 @@ def tokens(task: Task, seed: int, knobs: Knobs) -> Setup:
         nats, hits = judge_tokens(trainer.model, ready[split], shift=False)
         return Score(nats, hits)
 
-    setup = _setup(task, seed, knobs, _dropout(module, task), rows["train"], collate, score)
+    setup = _setup(
+        task, seed, knobs, _dropout(module, task), rows["train"], collate, score, loss=_token_loss
+    )
     return Setup(setup.trainer, setup.score, setup.rows, len(data.classes))
 
 
