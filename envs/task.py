@@ -13,7 +13,7 @@ from envs.errors import BadInput, UnknownName, lookup
 
 Objective = Literal[
     "classification", "regression", "tokens", "causal", "translation", "headlines", "reward", "dpo",
-    "cpo", "sft", "grpo", "own",
+    "kto", "sft", "grpo", "own",
 ]  # fmt: skip
 Adapter = Literal["full", "lora"]
 Pooling = Literal["mean", "first"]
@@ -113,8 +113,12 @@ class Task:
 
     @property
     def name(self) -> str:
-        """``dataset/model``, the short name of a table or a plot; of paths the last part."""
-        return f"{PurePath(self.dataset).name}/{PurePath(self.model).name}"
+        """``dataset/model``, the short name of a table or a plot; of paths the last part.
+
+        With the objective, where it is not classification: one dataset serves several.
+        """
+        kind = "" if self.objective == "classification" else f":{self.objective}"
+        return f"{PurePath(self.dataset).name}{kind}/{PurePath(self.model).name}"
 
 
 _MINILM: dict[str, Any] = {
@@ -135,6 +139,29 @@ TASKS: dict[str, Task] = {corpus: Task(dataset=corpus) for corpus in CORPORA} | 
 }
 """Shipped tasks: ``trec6`` is ``trec6/tiny-32``; a name with a model picks another encoder."""
 
+_SMALL: dict[str, Any] = {
+    "rows": 400, "batch": 16, "steps": 60, "interval": 6, "max_length": 32,
+    "validation_rows": 128, "selection_rows": 128, "test_rows": 256,
+}  # fmt: skip
+_DECODER = "tiny-gpt-32"
+
+OBJECTIVE_TASKS: dict[str, Task] = {
+    "ratings": Task("ratings", "tiny-32", "regression", **_SMALL),
+    "tags": Task("tagged", "tiny-32", "tokens", **_SMALL),
+    "dialogue-lm": Task("dialogue", _DECODER, "causal", **_SMALL),
+    "verses": Task("verses", "tiny-32", "translation", **_SMALL),
+    "headlines": Task("articles", "tiny-32", "headlines", **_SMALL),
+    "reward": Task("pairs", _DECODER, "reward", **_SMALL),
+    "dpo": Task("pairs", _DECODER, "dpo", **_SMALL),
+    "kto": Task("pairs", _DECODER, "kto", **_SMALL),
+    "sft": Task("dialogue", _DECODER, "sft", **_SMALL),
+    "grpo": Task("dialogue", _DECODER, "grpo", **_SMALL | {
+        "batch": 8, "steps": 30, "interval": 3, "max_length": 24, "validation_rows": 64,
+        "selection_rows": 64, "test_rows": 128,
+    }),
+}  # fmt: skip
+"""Shipped tasks of the other objectives, by name: see `envs.objectives`."""
+
 
 def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
     """A task with some fields changed: a shipped one by name, a `Task`, or its fields."""
@@ -146,7 +173,7 @@ def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
         if "dataset" not in name:
             raise BadInput("task: dataset: missing; name a corpus, a file or a dataset")
         return Task(**{**name, **changes})
-    task = name if isinstance(name, Task) else lookup(TASKS, name, "task")
+    task = name if isinstance(name, Task) else lookup(TASKS | OBJECTIVE_TASKS, name, "task")
     return replace(task, **changes)
 
 

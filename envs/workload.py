@@ -3,7 +3,7 @@
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,12 +94,8 @@ class Workload:
         seed: draws the head and the adapter, and nothing else; torch's own state is untouched.
         """
         task = self.task
-        encoder = copy.deepcopy(_encoder(task.model))
-        with _seeded(seed):
-            if task.adapter == "lora":
-                encoder = _with_lora(encoder)
-            elif task.trainable_layers is not None:
-                _freeze_below(encoder, task.trainable_layers)
+        with seeded(seed):
+            encoder = backbone(task)
             module = Classifier(encoder, _new_head(self), task.pooling)
         for part in module.modules():
             if isinstance(part, nn.Dropout):
@@ -116,11 +112,21 @@ class Workload:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Torch's own generator starts from the seed inside, and is what it was outside."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def backbone(task: Task) -> Any:
+    """A copy of the task's encoder, trainable as the task asks; adapters draw random numbers."""
+    encoder = copy.deepcopy(_encoder(task.model))
+    if task.adapter == "lora":
+        return with_lora(encoder)
+    if task.trainable_layers is not None:
+        freeze_below(encoder, task.trainable_layers)
+    return encoder
 
 
 def _new_head(load: Workload) -> nn.Linear:
@@ -262,15 +268,15 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer of a shipped model, a local directory or a hub id."""
     from transformers import AutoTokenizer
 
-    return _pretrained(AutoTokenizer, model)
+    return pretrained(AutoTokenizer, model)
 
 
 @functools.lru_cache(maxsize=4)
 def _encoder(model: str) -> Any:
     from transformers import AutoModel
 
-    with _seeded(0):  # weights that the files lack are drawn
-        encoder = _pretrained(AutoModel, model, dtype=torch.float32)
+    with seeded(0):  # weights that the files lack are drawn
+        encoder = pretrained(AutoModel, model, dtype=torch.float32)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # not used; its weights would get no gradient
     return encoder
@@ -290,7 +296,8 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _pretrained(factory: Any, model: str, **options: Any) -> Any:
+def pretrained(factory: Any, model: str, **options: Any) -> Any:
+    """``factory.from_pretrained`` of a shipped model, a local directory or a hub id."""
     path = catalog.model_path(model)
     local = Path(path).is_dir()
     try:
@@ -304,14 +311,24 @@ def _pretrained(factory: Any, model: str, **options: Any) -> Any:
         ) from error
 
 
-def _with_lora(encoder: nn.Module) -> nn.Module:
+def with_lora(model: nn.Module, new: Sequence[str] = ()) -> nn.Module:
+    """LoRA on the query and value projections; only the parts named in ``new`` train beside it."""
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
-    names = {name.rsplit(".", 1)[-1] for name, part in encoder.named_modules()
-             if isinstance(part, nn.Linear)}  # fmt: skip
-    for pair in ({"query", "value"}, {"q_proj", "v_proj"}, {"q_lin", "v_lin"}, {"q", "v"}):
-        if pair <= names:
-            return get_peft_model(encoder, LoraConfig(r=8, lora_alpha=16, target_modules=pair))
+    names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules()
+             if isinstance(part, nn.Linear | Conv1D)}  # fmt: skip
+    for targets in ({"query", "value"}, {"q_proj", "v_proj"}, {"q_lin", "v_lin"}, {"q", "v"},
+                    {"c_attn"}):  # fmt: skip
+        if targets <= names:
+            config = LoraConfig(
+                r=8,
+                lora_alpha=16,
+                target_modules=targets,
+                fan_in_fan_out="c_attn" in targets,  # of a Conv1D: GPT-2's, query, key and value
+                modules_to_save=list(new) or None,
+            )
+            return get_peft_model(model, config)
     raise BadInput(f"adapter: no query and value projections among {sorted(names)}; use 'full'")
 
 
@@ -320,7 +337,7 @@ def layers_of(encoder: nn.Module) -> nn.ModuleList | None:
     return next((p for p in encoder.modules() if isinstance(p, nn.ModuleList)), None)
 
 
-def _freeze_below(encoder: nn.Module, layers: int) -> None:
+def freeze_below(encoder: nn.Module, layers: int) -> None:
     """Leave only the uppermost layers trainable; the embeddings are frozen too."""
     stack = layers_of(encoder)
     if stack is None or layers > len(stack):

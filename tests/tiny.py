@@ -9,8 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from envs.task import Task
 
@@ -70,6 +76,30 @@ def write_model(folder: Path, width: int = 16, layers: int = 2, **config: Any) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = BertModel(BertConfig(**(settings | config)))
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def write_decoder(folder: Path, width: int = 16) -> Path:
+    """A random one-layer GPT-2 that reads bytes, with its tokenizer."""
+    marks = ["<pad>", "<eos>"]
+    vocabulary = {
+        token: i for i, token in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    raw = Tokenizer(models.BPE(vocabulary, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=raw, model_max_length=64, pad_token="<pad>", eos_token="<eos>"
+    )
+    config = GPT2Config(
+        vocab_size=len(words), n_positions=64, n_embd=width, n_layer=1, n_head=2,
+        bos_token_id=1, eos_token_id=1, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 from rich.table import Table
 
-from envs.errors import BadInput
+from envs.errors import BadInput, SteersmanError, lookup
 from tuner.app import console, progress
 from tuner.app import run as run_app
 from tuner.config import with_flags
@@ -59,21 +59,37 @@ def tasks(
 
 @app.command()
 def fetch(
-    names: Annotated[list[str] | None, typer.Argument(help="corpora or models; or all")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="corpora, other texts or models; or all")
+    ] = None,
 ) -> None:
     """Download and verify the pinned data and models.
 
-    Example: `steersman fetch trec6 minilm-l6`
+    Example: `steersman fetch trec6 minilm-l6 dialogue`
     """
-    from envs import catalog
+    from envs import catalog, texts
+    from envs.corpora import PACKAGES
 
-    wanted = list(names) if names else [*catalog.CORPORA, "minilm-l6"]
+    known = {**catalog.CORPORA, **catalog.MODELS, **texts.SOURCES}
+    wanted = list(names or [*catalog.CORPORA, "minilm-l6", *texts.SOURCES])
+    entries = [lookup(known, name, "corpus, texts or model") for name in wanted]
+    missing = 0
     with progress("fetch") as tick:
-        for number, name in enumerate(wanted):
+        for number, (name, entry) in enumerate(zip(wanted, entries, strict=True)):
             tick(number, len(wanted), name)
-            catalog.fetch([name])
+            if not isinstance(entry, texts.Source):
+                catalog.fetch([name])
+                continue
+            try:
+                texts.fetch(name)
+            except SteersmanError as error:
+                # Not every machine has apt: what needs it is fetched when it can be.
+                if names or all(PACKAGES[each].kind != "debian" for each in entry.packages):
+                    raise
+                console.print(f"left out: {error}", markup=False)
+                missing += 1
         tick(len(wanted), len(wanted), "")
-    console.print(f"{len(wanted)} ready in {catalog.cache_dir()}")
+    console.print(f"{len(wanted) - missing} ready in {catalog.cache_dir()}")
 
 
 @app.command()
