@@ -178,11 +178,13 @@ def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
 
 
 def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task:
-    """A random relative of a task: class subset, rows and label noise.
+    """A random relative of a task: class subset, rows and label noise; of a Trainer's, rows.
 
     classes: those to choose from; the task's own, if it names some. Batch size and horizon stay:
     environments that share them can be computed together (see `reshape`).
     """
+    if task.objective != "classification":
+        return replace(task, rows=int(rng.choice([200, 400, 800])))
     subset = task.classes
     if len(classes) > 2 and rng.random() < 0.7:
         count = int(rng.integers(2, len(classes) + 1))
