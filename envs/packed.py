@@ -391,7 +391,7 @@ def _bytes(task: Task, classes: int) -> tuple[int, int]:
     Updates and scores ask for blocks of other sizes: what one has freed is of little use to the
     other, so that their peaks add up. What is freed the allocator keeps, in pieces between blocks
     in use, but for blocks of 32 MiB and more, which large packs have: packs of 1 to 256 runs of
-    the shipped encoders hold 1.1 to 1.6 bytes for each of work.
+    the shipped encoders hold 1.1 to 1.7 bytes for each of work.
     """
     small = Pack(task, 2, classes)
     for lane in range(2):
