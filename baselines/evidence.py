@@ -53,9 +53,13 @@ def judge(
     if training is not None and not match:
         match = {search: report.match_of(table[name], table[search]) for search in searches}
     lines = [training] if training and training.get("seconds") else []
+    in_order = {
+        search: report.match_of(table[name], table[search], ordered=True) for search in match
+    }
     cost = report.cost_of({**summary, "match": match}, lines)
     return {
         "match": match,
+        "match_in_order": in_order,
         "chance": {other: _chance(table, name, other) for other in table if other != name},
         "harm": _harm(table, name),
         "diverged": _share(row["diverged"], row["trials"]),
