@@ -99,7 +99,7 @@ def section(name: str, suite: Suite, folder: Path) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}-{kind}.svg").write_bytes(plate.svg)
         parts.append(f"![{name}: {plate.title}](evidence/{name}-{kind}.svg)")
-    return [*parts, harm(suite), ablations(suite), offsets(suite), cost(suite)]
+    return [*parts, by_job(suite), harm(suite), ablations(suite), offsets(suite), cost(suite)]
 
 
 def taking_part(suite: Suite) -> str:
@@ -149,6 +149,16 @@ def worth(suite: Suite) -> str:
         if told:
             parts.append(f"{words}:\n\n{table(('policy', 'searcher', 'median job', *tasks), told)}")
     return "\n\n".join(parts)
+
+
+def by_job(suite: Suite) -> str:
+    """The tuner against the user's own schedule, job by job."""
+    name = policy(suite)
+    found = suite["figures"]["judged"][name]["jobs"] if name else {}
+    told = [(job, *(f"{percent(of[who])} %" for who in ("own", "steered")), spread(of["chance"]))
+            for job, of in found.items()]  # fmt: skip
+    head = ("job", "`keep`, mean", f"{name}, mean", "steered is better")
+    return f"Job by job, from the same misjudged rates:\n\n{table(head, told)}" if told else ""
 
 
 def harm(suite: Suite) -> str:
