@@ -15,7 +15,6 @@ from envs.knobs import Knobs
 from envs.setups import (
     IGNORED,
     Batch,
-    Rows,
     arguments,
     batches,
     coded,
@@ -28,7 +27,7 @@ from envs.setups import (
     silent,
     token_nats,
     tokenizer_of,
-)  # fmt: skip
+)
 from envs.task import Split, Task
 from envs.trainer_job import Setup
 
@@ -78,7 +77,7 @@ def _head(width: int, outputs: int) -> nn.Linear:
 def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
     """The mean of the raters' scores, standardised by the training rows.
 
-    Cost: mean squared error in variances of the training ratings. Metric: R squared.
+    Cost: mean squared error in variances of the training ratings. Metric: R squared, at least -1.
     """
     data, tokenizer = examples.load(task), tokenizer_of(task)
     means = [sum(row.scores) / len(row.scores) for row in data.rows["train"]]
@@ -106,7 +105,7 @@ def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
             values, truth = torch.cat(found), torch.cat(wanted)
             error = functional.mse_loss(values, truth)
             share = error / truth.var(correction=0).clamp(min=1e-6)
-            cost, r2 = torch.stack([error, 1 - share]).tolist()
+            cost, r2 = torch.stack([error, 1 - share.nan_to_num(2.0).clamp(max=2.0)]).tolist()
         return Score(cost, r2)
 
     with workload.seeded(initial_seed(seed)):
@@ -358,7 +357,7 @@ def _setup(
             args=(config or TrainingArguments)(
                 **arguments(task, seed, knobs, remove_unused_columns=False, label_names=["labels"])
             ),
-            train_dataset=Rows(rows),
+            train_dataset=rows,
             data_collator=collate,
             compute_loss_func=loss,
         )

@@ -134,6 +134,19 @@ def test_each_objective_trains_and_is_judged(objective, task_of):
     assert setup.rows == len(objectives.load(task).rows["train"])
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_diverged_run_has_no_cost_and_a_finite_metric(objective, task_of):
+    setup = objectives.prepare(task_of(objective), 0, Knobs())
+    setup.score(setup.trainer, "test")
+    with torch.no_grad():
+        for p in setup.trainer.model.parameters():
+            p.fill_(float("nan"))
+    for split in ("validation", "test"):
+        cost, metric = setup.score(setup.trainer, split)
+        assert np.isnan(cost)
+        assert np.isfinite(metric)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_letters")
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -304,6 +317,8 @@ def test_rows_and_objective_must_fit(task_of):
         objectives.load(Task("rating", objective="regression"))
     with pytest.raises(UnknownName, match="objective"):
         objectives.prepare(Task("trec6"), 0, Knobs())
+    with pytest.raises(BadInput, match=r"noise: only for classification; leave it 0\.0"):
+        objectives.load(task_of("sft", noise=0.1))
     rows = [{"text": f"a{i}", "scores": [1]} for i in range(64)]
     with pytest.raises(BadInput, match="scores: all training texts are rated alike"):
         objectives.prepare(task_of("regression", rows), 0, Knobs())
