@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate import DistributedType, PartialState
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     BertConfig,
@@ -120,8 +121,11 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
         "adam_epsilon": 1e-4, "dataloader_pin_memory": False,
         "average_tokens_across_devices": kind == "llama", "ddp_find_unused_parameters": False,
     } | more  # fmt: skip
+    arguments = TrainingArguments(**settings)
+    if arguments.fsdp and arguments.device:  # accelerate shards on accelerators: call these one
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_NPU
     trainer = InOrder(
-        model=model_of(kind), args=TrainingArguments(**settings),
+        model=model_of(kind), args=arguments,
         train_dataset=Rows(kind, STEPS * BATCH, 0),
         callbacks=[look, *([] if plain else [tuner]), *([Break(tuner, broken)] if broken else [])],
     )  # fmt: skip
@@ -132,17 +136,19 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
     path = str(Path(folder) / f"checkpoint-{resume}")
     trainer.train(resume_from_checkpoint=path if resume else None)
     weights = [p.detach() for p in trainer.model.parameters()]
+    sharded = any(hasattr(w, "full_tensor") for w in weights)
     weights = [w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for w in weights]
     found = {"rates": look.rates, "seen": np.array(pilot.seen), "weights": weights,
+             "sharded": sharded, "off": tuner._begun and tuner._helm.off,
              "logs": [log["loss"] for log in trainer.state.log_history if "loss" in log]}  # fmt: skip
-    torch.save(found, Path(folder) / f"rank{trainer.args.process_index}.pt")
+    torch.save(found, Path(folder) / f"rank{trainer.args.process_index}-{resume}.pt")
     return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     random.seed(0)
-    for name, options in json.loads(sys.argv[2]).items():
+    for name, options in json.loads(sys.argv[2]):
         run(Path(sys.argv[1]) / name, **options)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
