@@ -85,7 +85,7 @@ class Eyes:
         self.sampled = probe.sampled(trained)
         self.device = self.parameters[0].device
         self.losses: list[Any] = []  # one an update; tensors until they are fetched
-        self.blind = False  # the model's output has no loss
+        self.blind = False  # the model's output has no loss, or not the one that is trained
         self.error: Exception | None = None
         self.watching = False
         self.last_gradient: Tensor | None = None
@@ -93,6 +93,7 @@ class Eyes:
         self._parts: list[Tensor] = []
         self._steps: list[Tensor] = []
         self._inputs: Any = ((), {})
+        self._trained: bool | None = None  # the output's loss is; None before the first update
         self._scaled: bool | None = None if accumulation * self._world > 1 else False
         self._gradients: dict[int, Tensor] = {}
         self._handles: list[Any] = []
@@ -103,14 +104,19 @@ class Eyes:
             return
         try:
             loss = _loss(output)
-            if loss is None:
+            if loss is None or self.blind:
                 self.blind = True
                 return
+            if self._trained is None and loss.requires_grad:
+                loss.register_hook(self._on_backward)
             if self._scaled is None:
                 self._inputs = (args, kwargs)
             self._parts.append(loss.detach().float().clone())
         except Exception as error:
             self.error = error
+
+    def _on_backward(self, gradient: Tensor | None) -> None:
+        self._trained = self._trained or gradient is not None
 
     def see_step(self, loss: Tensor) -> None:
         """What a Trainer's ``training_step`` gave: it counts where the model's output has none."""
@@ -121,6 +127,8 @@ class Eyes:
 
         With several processes it is the loss of all of them, and each has to call this.
         """
+        if self._parts and not self._trained:  # as with DPO, whose loss is made of log-likelihoods
+            self.blind, self._parts, self._inputs = True, [], ((), {})
         if self._parts and self._scaled is None:
             self._scaled = _is_share(self._model, *self._inputs)
             self._inputs = ((), {})
