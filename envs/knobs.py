@@ -1,13 +1,15 @@
 """Knobs: what may be turned on a fine-tuning job, and how an action turns it."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
 import gymnasium
 import numpy as np
 
+from envs import dials
+from envs.dials import DIALS, Turn
 from envs.errors import BadInput, UnknownName
 
 Optimizer = Literal["adamw", "sgd", "rmsprop"]
@@ -33,6 +35,10 @@ class Knobs:
     optimizer: Optimizer = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    # None: a knob that the run has not, or that is not to be touched
+    adapter_scale: float | None = None  # times LoRA's own scaling
+    beta: float | None = None  # weight of the KL term or of the preference
+    depth: int | None = None  # uppermost layers in training; what is below them counts as one
 
     def __post_init__(self) -> None:
         if not (_number(self.rate) and RATE_FLOOR <= self.rate <= RATE_CEILING):
@@ -48,6 +54,19 @@ class Knobs:
             value = getattr(self, name)
             if not (_number(value) and 0 <= value <= top):
                 raise BadInput(f"knobs: {name}: {value!r} is out of range; give 0 to {top:g}")
+        for name, top in (("adapter_scale", 8.0), ("beta", 1e6), ("depth", 1000)):
+            value = getattr(self, name)
+            whole = name != "depth" or isinstance(value, int)
+            if value is not None and not (_number(value) and whole and 0 <= value <= top):
+                raise BadInput(
+                    f"knobs: {name}: {value!r} is out of range; give 0 to {top:g}, or None"
+                )
+
+    def having(self, **values: float | None) -> "Knobs":
+        """The same settings with the values of some dials; ``depth`` made a whole number."""
+        if values.get("depth") is not None:
+            values["depth"] = int(values["depth"])  # type: ignore[arg-type]
+        return replace(self, **values) if values else self  # type: ignore[arg-type]
 
 
 def _number(value: object) -> bool:
@@ -90,11 +109,12 @@ def exchange(old: str, new: str, parameters: int, adapter: str) -> float:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one action asks for, before any guard: multiply the rate, roll back, switch."""
+    """What one action asks for, before any guard: multiply the rate, roll back, switch, turn."""
 
     multiplier: float = 1.0
     rollback: bool = False
     optimizer: Optimizer | None = None
+    turns: tuple[Turn, ...] = ()  # of `envs.dials.DIALS`
 
 
 KEEP = Decision()
@@ -104,7 +124,9 @@ KEEP = Decision()
 class Actions:
     """The actions of a tuner, in a discrete or a continuous view.
 
-    Discrete: one action per multiplier, then rollback, then one per optimizer to switch to.
+    Discrete: one action per multiplier, then rollback, then one per optimizer to switch to, then
+    one per turn of a further knob: ``("weight_decay", 3.0)`` multiplies it, ``("depth", -1)``
+    freezes one layer more. What no action names is left alone.
     Continuous, in [-1, 1] each: log10 of the multiplier over ``span``; rollback if above 0.5.
     """
 
@@ -113,6 +135,7 @@ class Actions:
     rollback: bool = True
     optimizers: tuple[Optimizer, ...] = ()
     span: float = 1.0  # decades
+    turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
         if self.view not in ("discrete", "continuous"):
@@ -135,13 +158,17 @@ class Actions:
                 raise UnknownName("optimizer", optimizer, OPTIMIZERS)
         if self.view == "continuous" and self.optimizers:
             raise BadInput("actions: optimizers: only the discrete view can switch; drop them")
+        for each in self.turns:
+            dials.check(each)
+        if self.view == "continuous" and self.turns:
+            raise BadInput("actions: turns: only the discrete view has them; drop them")
 
     @property
     def size(self) -> int:
         """Number of discrete actions, or length of a continuous one."""
         if self.view == "continuous":
             return 1 + self.rollback
-        return len(self.multipliers) + self.rollback + len(self.optimizers)
+        return len(self.multipliers) + self.rollback + len(self.optimizers) + len(self.turns)
 
     @property
     def keep(self) -> int:
@@ -161,7 +188,17 @@ class Actions:
             return "rollback"
         if decision.optimizer:
             return decision.optimizer
+        if decision.turns:
+            return dials.label(decision.turns[0])
         return "keep" if decision.multiplier == 1 else f"x{decision.multiplier:g}"
+
+
+def plain(actions: Actions) -> dict[str, Any]:
+    """The actions for a file or a hash: further knobs are left out where there are none."""
+    found = asdict(actions)
+    if not actions.turns:
+        del found["turns"]
+    return found
 
 
 def decode(action: object, actions: Actions) -> Decision:
@@ -192,7 +229,10 @@ def decode(action: object, actions: Actions) -> Decision:
     index -= len(actions.multipliers)
     if actions.rollback and index == 0:
         return Decision(rollback=True)
-    return Decision(optimizer=actions.optimizers[index - actions.rollback])
+    index -= actions.rollback
+    if index < len(actions.optimizers):
+        return Decision(optimizer=actions.optimizers[index])
+    return Decision(turns=(actions.turns[index - len(actions.optimizers)],))
 
 
 def _array(action: object) -> np.ndarray[Any, np.dtype[Any]]:
@@ -218,7 +258,8 @@ def turn(
     """The knobs after a decision, with the rate kept in [low, high].
 
     A rollback halves the rate; a switch of optimizer moves it along `reference_rate`, so that
-    the new optimizer starts at a comparable step size.
+    the new optimizer starts at a comparable step size. A turn moves a further knob within its
+    own range; one that the run has not stays None.
     """
     rate = knobs.rate * (ROLLBACK_FACTOR if decision.rollback else decision.multiplier)
     optimizer = decision.optimizer or knobs.optimizer
@@ -226,4 +267,20 @@ def turn(
         share = exchange(knobs.optimizer, optimizer, parameters, adapter)
         rate, low, high = rate * share, low * share, high * share
     rate = min(max(rate, low, RATE_FLOOR), high, RATE_CEILING)
-    return replace(knobs, rate=rate, optimizer=optimizer)
+    values = {
+        name: DIALS[name].turned(value, amount)
+        for name, amount in decision.turns
+        if (value := getattr(knobs, name)) is not None
+    }
+    return replace(knobs, rate=rate, optimizer=optimizer).having(**values)
+
+
+def opened(knobs: Knobs, actions: Actions) -> Knobs:
+    """The knobs to open a run with, so that it has what these actions turn."""
+    return knobs.having(
+        **{
+            name: DIALS[name].start
+            for name, _ in actions.turns
+            if DIALS[name].start is not None and getattr(knobs, name) is None
+        }
+    )
