@@ -5,9 +5,9 @@ A job carries out those it has (a knob it has not is None in its `envs.knobs.Kno
 =============  =====================================================================
 weight_decay   every job, and runs in packs
 clip           every job, and runs in packs
-adapter_scale  a `TorchJob` or Trainer with LoRA, if the run was opened with it
-beta           a preference or RL objective that has one
-depth          a `TorchJob`, if the run was opened with it
+adapter_scale  a `TorchJob` with LoRA, if the run was opened with it
+beta           a job whose preference or RL objective has one
+depth          a `TorchJob`, if the run was opened with it; a Trainer in one process
 =============  =====================================================================
 """
 

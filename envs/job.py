@@ -186,11 +186,16 @@ class TorchJob:
         return judge(self._module, self._load.rows[split])
 
     def snapshot(self) -> Snapshot:
-        """The trained weights, copied."""
-        return remember(self._parameters)
+        """The trained weights, copied, and the scale that the adapter had with them."""
+        scale = self._knobs.adapter_scale
+        return remember(self._parameters) + ([] if scale is None else [torch.tensor(scale)])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put weights back and forget the optimizer's moments; the rate stays as chosen."""
+        if self._knobs.adapter_scale is not None:
+            *snapshot, scale = snapshot
+            self._knobs = self._knobs.having(adapter_scale=scale.item())
+            self._parts.put(self._knobs)
         recall(snapshot, self._parameters, self._optimizer)
         self._optimizer = self._make_optimizer(self._parameters, self._knobs)  # its counters too
 

@@ -200,6 +200,18 @@ def test_an_adapter_scaled_to_nothing_is_the_base_model(tiny_task):
 
 
 @pytest.mark.filterwarnings(PEFT)
+def test_weights_are_put_back_with_the_scale_they_were_trained_under(tiny_task):
+    job = TorchJob(tiny_task(adapter="lora"), 3, Knobs(3e-2, adapter_scale=1.0))
+    job.advance(4)
+    kept, loss = job.snapshot(), job.evaluate("validation").loss
+    job.apply(replace(job.knobs, adapter_scale=4.0, clip=0.5))
+    job.advance(4)
+    job.restore(kept)
+    assert job.knobs == Knobs(3e-2, adapter_scale=1.0, depth=None, clip=0.5)
+    assert job.evaluate("validation").loss == loss
+
+
+@pytest.mark.filterwarnings(PEFT)
 def test_a_run_says_which_knobs_it_has(tiny_task):
     every = Knobs(adapter_scale=1.0, beta=0.1, depth=100)
     assert TorchJob(tiny_task(), 3, every).knobs == Knobs(depth=3)

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from transformers.trainer_callback import ExportableState
 
 from envs import probe
 from envs.errors import BadInput, SteersmanError
+from envs.handles import Handles
 from envs.instruments import Eyes, Rates, Slice, describe, read_weights, write_weights
 from envs.job import finite
-from envs.knobs import Knobs, Optimizer
+from envs.knobs import Decision, Knobs
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from tuner.audit import Pilot
 from tuner.guard import alarm, limits_of
 from tuner.logbook import Logbook
-from tuner.processes import Order, rank, share
+from tuner.processes import Order, order, processes, rank, share
 from tuner.steer import Helm
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 WATCH = 25  # updates between two looks at the losses, when decisions are further apart
 RENEW = 10  # and at least between two copies of the best weights, when only the guard needs them
 LOG, WEIGHTS = "tuner.jsonl", "tuner.safetensors"
-OPTIMIZERS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}
 
 
 def guarded(event: Callable[..., None]) -> Callable[..., None]:
@@ -56,6 +56,9 @@ class TunerCallback(TrainerCallback, ExportableState):
     it, within the limits of the mode. Training losses and gradients are read by hooks; validation
     losses are the user's evaluations, or those of ``eval_dataset``'s first ``eval_rows`` rows,
     evaluated by the callback before each decision. Resuming from a checkpoint is exact.
+
+    A policy that was trained to may also turn weight decay, clipping and the number of layers in
+    training, and change the optimizer if it is a `envs.switchable.SwitchableOptimizer`.
 
     Arguments:
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
@@ -140,8 +143,12 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._loader = kwargs.get("train_dataloader")
         self._total = state.max_steps
         self._interval = max(1, math.ceil(self._total / self._decisions))
-        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-        self._knobs = Knobs(rate=self._rates.start, optimizer=OPTIMIZERS.get(kind, "adamw"))
+        users = saved.get("user", {}) if saved else {}
+        actions, many = self._policy.manifest.actions, processes() > 1
+        self._handles = Handles(
+            args, model, optimizer, self._rates.start, actions, many=many, **users
+        )
+        self._knobs = self._handles.given
         self._context = Context(
             total=self._total,
             decisions=math.ceil(self._total / self._interval),
@@ -152,8 +159,9 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._rank = rank()
         log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG
         record = log if self._rank == 0 else None
-        start, advise = self._rates.start, self._advise
-        self._helm = Helm(self._policy, self._limits, start, advise=advise, log=record)
+        start, advise, hands = self._rates.start, self._advise, self._handles
+        limits = replace(self._limits, switch=hands.switch, turns=hands.dials)
+        self._helm = Helm(self._policy, limits, start, advise=advise, log=record)
         self._book = Logbook(next=state.global_step)
         self._snapshot: Snapshot | None = None
         if saved:
@@ -172,6 +180,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         """Leave the model and the arguments as they were found."""
         if self._begun and self._quiet:
             args.logging_nan_inf_filter = True
+        if self._begun:
+            self._handles.leave(self._knobs)
         self._live = False
         self._release()
 
@@ -249,7 +259,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         trouble = False
         if self._rank == 0:
             history = [*self._book.history, self._book.shown(report, None)]
-            trouble = bool(alarm(history, self._limits, self._knobs.rate / self._rates.start))
+            trouble = bool(alarm(history, self._limits, self._knobs.rate / self._helm.start_now))
         if share([trouble], self._eyes.device)[0]:
             self._book.report = self._book.report or self._close(step)
             self._decide(step, fresh=False)
@@ -266,23 +276,23 @@ class TunerCallback(TrainerCallback, ExportableState):
 
     def _decide(self, step: int, fresh: bool = True) -> None:
         """One decision: rank 0 takes it, all carry it out. fresh: look at the validation loss."""
-        order = Order(self._rates.start, rollback=False, off=True, keep=False)
+        wanted = order(self._handles.given, rollback=False, off=True, keep=False)
         if self._rank == 0:
             try:
-                order = self._think(step, fresh)
+                wanted = self._think(step, fresh)
             except Exception as error:
                 self._helm.fail(error, step)
-        order = Order(*share(order, self._eyes.device))
+        wanted = Order(*share(wanted, self._eyes.device))
         self._eyes.losses, self._book.report = [], None
         self._book.last, self._book.next = step, (step // self._interval + 1) * self._interval
         if not self._advise:
-            if order.keep:
+            if wanted.keep:
                 self._snapshot = remember(self._eyes.parameters, into=self._snapshot)
-            if order.rollback and self._snapshot is not None:
+            if wanted.rollback and self._snapshot is not None:
                 recall(self._snapshot, self._eyes.parameters, self._optimizer)
-            if order.rate != self._knobs.rate:
-                self._turn(order.rate)
-        if order.off:
+            if (knobs := wanted.knobs(self._knobs)) != self._knobs:
+                self._turn(knobs)
+        if wanted.off:
             self._live = False
             self._release()
 
@@ -294,25 +304,30 @@ class TunerCallback(TrainerCallback, ExportableState):
         elif fresh:
             value = book.news()
         book.add(book.shown(book.report or self._glance(step), value))
-        trouble = alarm(book.history, self._limits, self._knobs.rate / self._rates.start)
+        trouble = alarm(book.history, self._limits, self._knobs.rate / self._helm.start_now)
         # A policy rolls back to the very best, as in its training; the guard to a little before.
         keep = not trouble and book.is_best(0 if self._limits.rollback else RENEW)
         warming = self._rates.warming
         ruling = self._helm.decide(book.history, self._context, self._knobs, warming=warming)
         book.applied = ruling.decision
-        rate = ruling.turn(self._knobs, self._context).rate
-        return Order(rate, ruling.decision.rollback, ruling.off, keep)
+        knobs = self._handles.fit(ruling.turn(self._knobs, self._context))
+        if ruling.off and knobs.optimizer != self._handles.given.optimizer:  # the user's again
+            switch = Decision(optimizer=self._handles.given.optimizer)
+            knobs = replace(ruling, decision=switch).turn(knobs, self._context)
+        return order(knobs, rollback=ruling.decision.rollback, off=ruling.off, keep=keep)
 
-    def _turn(self, rate: float) -> None:
-        self._rates.put(rate)
-        self._knobs = replace(self._knobs, rate=rate)
+    def _turn(self, knobs: Knobs) -> None:
+        self._handles.put(knobs, self._knobs)
+        self._rates.put(knobs.rate)
+        self._knobs = knobs
+        self._context = replace(self._context, optimizer=knobs.optimizer)
 
     def _give_up(self, error: Exception, step: int) -> None:
         self._live = False
         try:
             self._helm.fail(error, step)
             if not self._advise:
-                self._turn(self._rates.start)
+                self._turn(self._handles.given)
         finally:
             self._release()
 
@@ -330,6 +345,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         saved = {
             "base_rates": self._rates.base,
             "rate": self._knobs.rate,
+            "knobs": asdict(self._knobs),
+            "user": {"decays": self._handles.decays, "kind": self._handles.kind},
             "helm": self._helm.state(),
             "book": self._book.to_json(),
             "losses": self._eyes.fetch(),
@@ -352,7 +369,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._book = Logbook.from_json(saved["book"])
         self._eyes.losses = list(saved["losses"])
         if not self._advise:
-            self._turn(saved["rate"])
+            self._turn(Knobs(**saved.get("knobs", asdict(self._knobs) | {"rate": saved["rate"]})))
         folder = _folder(args, step)
         gradient, self._snapshot = read_weights(folder / WEIGHTS, step, self._eyes)
         self._eyes.last_gradient = gradient

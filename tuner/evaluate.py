@@ -86,9 +86,9 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
         history, lowest, snapshot = [report_start(job, first)], first, job.snapshot()
         while job.step < job.task.steps:
             ruling = helm.decide(history, job.context, job.knobs)
-            before = job.knobs
             if ruling.decision.rollback:
                 job.restore(snapshot)
+            before = job.knobs
             job.apply(ruling.turn(before, job.context))
             progress = job.advance(min(job.task.interval, job.task.steps - job.step))
             loss = job.evaluate("validation").loss

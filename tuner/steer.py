@@ -43,6 +43,11 @@ class Helm:
         self.audit = Audit(Path(log)) if log is not None else None
 
     @property
+    def start_now(self) -> float:
+        """The user's peak rate, in terms of the optimizer in use."""
+        return self._start
+
+    @property
     def off(self) -> str:
         """Why the tuner is off for good; empty while it is on."""
         return self.guard.off
