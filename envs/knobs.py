@@ -122,15 +122,16 @@ KEEP = Decision()
 
 @dataclass(frozen=True)
 class Actions:
-    """The actions of a tuner, in a discrete or a continuous view.
+    """The actions of a tuner, in a discrete, a continuous or a joint view.
 
     Discrete: one action per multiplier, then rollback, then one per optimizer to switch to, then
     one per turn of a further knob: ``("weight_decay", 3.0)`` multiplies it, ``("depth", -1)``
     freezes one layer more. What no action names is left alone.
+    Joint: the same steps, but one choice for each knob at once; see `seats`.
     Continuous, in [-1, 1] each: log10 of the multiplier over ``span``; rollback if above 0.5.
     """
 
-    view: Literal["discrete", "continuous"] = "discrete"
+    view: Literal["discrete", "continuous", "joint"] = "discrete"
     multipliers: tuple[float, ...] = (0.1, 0.3, 0.6, 1.0, 1.6, 3.0, 10.0)
     rollback: bool = True
     optimizers: tuple[Optimizer, ...] = ()
@@ -138,8 +139,8 @@ class Actions:
     turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.view not in ("discrete", "continuous"):
-            raise UnknownName("action view", self.view, ("discrete", "continuous"))
+        if self.view not in ("discrete", "continuous", "joint"):
+            raise UnknownName("action view", self.view, ("discrete", "continuous", "joint"))
         if not all(_number(m) and 1e-3 <= m <= 1e3 for m in self.multipliers):
             raise BadInput(
                 f"actions: multipliers: {self.multipliers} are not all from 0.001 to 1000; "
@@ -165,7 +166,9 @@ class Actions:
 
     @property
     def size(self) -> int:
-        """Number of discrete actions, or length of a continuous one."""
+        """Number of discrete actions, or length of one of another view."""
+        if self.view == "joint":
+            return len(self.seats)
         if self.view == "continuous":
             return 1 + self.rollback
         return len(self.multipliers) + self.rollback + len(self.optimizers) + len(self.turns)
@@ -175,8 +178,23 @@ class Actions:
         """The discrete action that changes nothing."""
         return self.multipliers.index(1.0)
 
-    def space(self) -> "gymnasium.spaces.Discrete | gymnasium.spaces.Box":
+    @property
+    def seats(self) -> dict[str, tuple[Decision, ...]]:
+        """Each knob's choices in the joint view: steps of the rate, a switch, turns of a dial."""
+        rate = [Decision(multiplier) for multiplier in self.multipliers]
+        found = {"rate": tuple(rate + [Decision(rollback=True)] * self.rollback)}
+        if self.optimizers:
+            found["optimizer"] = (KEEP, *(Decision(optimizer=name) for name in self.optimizers))
+        for each in self.turns:
+            found[each[0]] = (*found.get(each[0], (KEEP,)), Decision(turns=(each,)))
+        return found
+
+    def space(
+        self,
+    ) -> "gymnasium.spaces.Discrete | gymnasium.spaces.Box | gymnasium.spaces.MultiDiscrete":
         """The gymnasium space of these actions."""
+        if self.view == "joint":
+            return gymnasium.spaces.MultiDiscrete([len(choices) for choices in self.seats.values()])
         if self.view == "continuous":
             return gymnasium.spaces.Box(-1.0, 1.0, (self.size,), np.float32)
         return gymnasium.spaces.Discrete(self.size)
@@ -216,6 +234,8 @@ def decode(action: object, actions: Actions) -> Decision:
             )
         rollback = actions.rollback and bool(values[1] > 0.5)
         return Decision(1.0 if rollback else 10.0 ** (actions.span * float(values[0])), rollback)
+    if actions.view == "joint":
+        return _together(_array(action), action, actions)
     number = _array(action)
     if number.size != 1 or number.dtype.kind not in "iu":
         raise BadInput(
@@ -233,6 +253,28 @@ def decode(action: object, actions: Actions) -> Decision:
     if index < len(actions.optimizers):
         return Decision(optimizer=actions.optimizers[index])
     return Decision(turns=(actions.turns[index - len(actions.optimizers)],))
+
+
+def _together(chosen: np.ndarray[Any, np.dtype[Any]], action: object, actions: Actions) -> Decision:
+    """One choice for each knob -> what they ask for together."""
+    seats = tuple(actions.seats.values())
+    sizes = [len(choices) for choices in seats]
+    if (
+        chosen.shape != (len(seats),)
+        or chosen.dtype.kind not in "iu"
+        or not all(0 <= index < size for index, size in zip(chosen, sizes, strict=True))
+    ):
+        raise BadInput(
+            f"action: {_brief(action)} is not a choice for each knob; give {len(seats)} whole "
+            f"numbers below {', '.join(map(str, sizes))}"
+        )
+    picked = [choices[int(index)] for index, choices in zip(chosen, seats, strict=True)]
+    return Decision(
+        picked[0].multiplier,
+        picked[0].rollback,
+        next((each.optimizer for each in picked if each.optimizer), None),
+        tuple(each for decision in picked for each in decision.turns),
+    )
 
 
 def _array(action: object) -> np.ndarray[Any, np.dtype[Any]]:

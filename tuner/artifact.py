@@ -229,6 +229,8 @@ def parse(text: bytes) -> Manifest:
         refuse("network.kind", f"{network.kind!r} does not go with {algorithm}", RETRAIN)
     if actions.view != "discrete" and algorithm != "ppo":
         refuse("actions.view", f"{algorithm} needs the discrete view", RETRAIN)
+    if actions.view == "joint":
+        refuse("actions.view", "'joint' is for agents that learn together", RETRAIN)
     if isinstance(network, Mlp):
         ends = network.layers[0], network.layers[-1]
         if ends != (SIZE, actions.size) or 0 in network.layers:
