@@ -1,12 +1,13 @@
 """Handles: the knobs of a Trainer beyond its rate, found on its parts, set, and put back."""
 
+import math
 from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
 
 from envs.errors import BadInput
-from envs.knobs import Actions, Knobs, Optimizer, opened
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened
 from envs.parts import Parts
 from envs.switchable import SwitchableOptimizer
 
@@ -22,11 +23,11 @@ class Handles:
 
     def __init__(
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
-        *, many: bool = False, decays: list[float] | None = None, kind: str = "",
+        *, decays: list[float] | None = None, kind: str = "",
     ) -> None:  # fmt: skip
-        """actions: the policy's. many: processes; layers then stay as they are.
+        """actions: the policy's. decays, kind: the user's, where a checkpoint has brought others.
 
-        decays, kind: the user's, where a checkpoint has brought others.
+        In several processes layers stay as they are: each waits for the gradients of all.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
         self._args, self._optimizer = args, optimizer
@@ -44,7 +45,7 @@ class Handles:
         self.kind = kind or (self._inner.kind if self._inner else KINDS.get(type(inner).__name__))
         self._parts = Parts(model)
         wish = opened(Knobs(rate=rate), actions)
-        depth = None if many else self._parts.fit(wish, Knobs()).depth
+        depth = None if args.world_size > 1 else self._parts.fit(wish, Knobs()).depth
         self.given = Knobs(
             rate=rate,
             optimizer=cast(Optimizer, self.kind or "adamw"),
@@ -70,6 +71,18 @@ class Handles:
         if knobs.depth is None or most is None:
             return knobs
         return replace(knobs, depth=min(knobs.depth, most))
+
+    def numbers(self, knobs: Knobs) -> tuple[float, ...]:
+        """The settings beyond the rate as numbers, for other processes; NaN stands for None."""
+        depth = math.nan if knobs.depth is None else knobs.depth
+        return OPTIMIZERS.index(knobs.optimizer), knobs.weight_decay, knobs.clip, depth
+
+    def knobs(self, rate: float, kind: float, decay: float, clip: float, depth: float) -> Knobs:
+        """What `numbers` was made of, and a rate."""
+        return replace(
+            self.given, rate=rate, optimizer=OPTIMIZERS[int(kind)], weight_decay=decay, clip=clip,
+            depth=None if math.isnan(depth) else int(depth),
+        )  # fmt: skip
 
     def put(self, knobs: Knobs, before: Knobs) -> None:
         """Set what differs from ``before``, but the rate."""

@@ -16,7 +16,6 @@ from test_callback import (
     equal,
     lines,
     own,
-    seeds,
     task,  # noqa: F401  (the fixture)
     train,
     weights,
@@ -255,9 +254,23 @@ def test_a_policy_that_fails_leaves_the_users_settings(task, tmp_path):  # noqa:
 
 def test_sharded_weights_are_refused(task):  # noqa: F811
     class Args:
-        fsdp, max_grad_norm = ["full_shard"], 1.0
+        fsdp, max_grad_norm, world_size = ["full_shard"], 1.0, 1
 
     optimizer = SwitchableOptimizer(model().parameters())
     with pytest.raises(BadInput, match=r"^trainer: fsdp: .*; use a plain one"):
         Handles(Args, model(), optimizer, 1e-3, ACTIONS)
-    assert seeds(5)
+
+
+def test_settings_travel_as_numbers_and_layers_stay_in_several_processes():
+    class Args:
+        fsdp, max_grad_norm, world_size = "", 1.0, 1
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)] * 1))
+    handles = Handles(Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS)
+    assert handles.dials == ("weight_decay", "clip", "depth")
+    for knobs in (handles.given, Knobs(2e-3, optimizer="sgd", weight_decay=0.3, clip=7.0, depth=1)):
+        assert handles.knobs(knobs.rate, *handles.numbers(knobs)) == knobs
+    Args.world_size = 2
+    several = Handles(Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS)
+    assert several.dials == ("weight_decay", "clip")
+    assert several.knobs(1e-3, *several.numbers(several.given)).depth is None

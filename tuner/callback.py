@@ -22,7 +22,7 @@ from envs.snapshot import Snapshot, recall, remember
 from tuner.audit import Pilot
 from tuner.guard import alarm, limits_of
 from tuner.logbook import Logbook
-from tuner.processes import Order, order, processes, rank, share
+from tuner.processes import Order, rank, share
 from tuner.steer import Helm
 
 logger = logging.getLogger(__name__)
@@ -144,10 +144,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._total = state.max_steps
         self._interval = max(1, math.ceil(self._total / self._decisions))
         users = saved.get("user", {}) if saved else {}
-        actions, many = self._policy.manifest.actions, processes() > 1
-        self._handles = Handles(
-            args, model, optimizer, self._rates.start, actions, many=many, **users
-        )
+        actions = self._policy.manifest.actions
+        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
         self._knobs = self._handles.given
         self._context = Context(
             total=self._total,
@@ -276,27 +274,29 @@ class TunerCallback(TrainerCallback, ExportableState):
 
     def _decide(self, step: int, fresh: bool = True) -> None:
         """One decision: rank 0 takes it, all carry it out. fresh: look at the validation loss."""
-        wanted = order(self._handles.given, rollback=False, off=True, keep=False)
+        order = Order(self._rates.start, rollback=False, off=True, keep=False)
+        knobs = self._handles.given
         if self._rank == 0:
             try:
-                wanted = self._think(step, fresh)
+                order, knobs = self._think(step, fresh)
             except Exception as error:
                 self._helm.fail(error, step)
-        wanted = Order(*share(wanted, self._eyes.device))
+        orders = share((*order, *self._handles.numbers(knobs)), self._eyes.device)
+        order, knobs = Order(*orders[:4]), self._handles.knobs(orders[0], *orders[4:])
         self._eyes.losses, self._book.report = [], None
         self._book.last, self._book.next = step, (step // self._interval + 1) * self._interval
         if not self._advise:
-            if wanted.keep:
+            if order.keep:
                 self._snapshot = remember(self._eyes.parameters, into=self._snapshot)
-            if wanted.rollback and self._snapshot is not None:
+            if order.rollback and self._snapshot is not None:
                 recall(self._snapshot, self._eyes.parameters, self._optimizer)
-            if (knobs := wanted.knobs(self._knobs)) != self._knobs:
+            if knobs != self._knobs:
                 self._turn(knobs)
-        if wanted.off:
+        if order.off:
             self._live = False
             self._release()
 
-    def _think(self, step: int, fresh: bool) -> Order:
+    def _think(self, step: int, fresh: bool) -> tuple[Order, Knobs]:
         """Observe, ask, and say what is to be done."""
         book, value = self._book, None
         if fresh and self._slice is not None:
@@ -314,7 +314,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         if ruling.off and knobs.optimizer != self._handles.given.optimizer:  # the user's again
             switch = Decision(optimizer=self._handles.given.optimizer)
             knobs = replace(ruling, decision=switch).turn(knobs, self._context)
-        return order(knobs, rollback=ruling.decision.rollback, off=ruling.off, keep=keep)
+        return Order(knobs.rate, ruling.decision.rollback, ruling.off, keep), knobs
 
     def _turn(self, knobs: Knobs) -> None:
         self._handles.put(knobs, self._knobs)
