@@ -82,6 +82,9 @@ class TrainConfig(BaseModel):
         (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
     )
     rollback: bool = Field(True, description="an action puts the best weights back")
+    turns: tuple[tuple[str, float], ...] = Field(
+        (), description="steps of further knobs, as [weight_decay, 3.0]; see envs/dials.py"
+    )
     seed: int = Field(0, ge=0, description="seed of everything")
 
     @field_validator("budget")
@@ -119,7 +122,7 @@ class TrainConfig(BaseModel):
         """The action view."""
         if self.view == "continuous" and self.agent != "ppo":
             raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
-        return Actions(self.view, self.multipliers, self.rollback)
+        return Actions(self.view, self.multipliers, self.rollback, turns=self.turns)
 
     def check(self) -> None:
         """Raise `BadInput` for what only becomes wrong together."""
