@@ -157,7 +157,9 @@ def main() -> None:
     figures = {"simulated": game(simulated, SIMULATED, 10, arguments.simulated, 8, arguments.seeds)}
     if arguments.real:
         figures["real"] = game(real, REAL, 5, arguments.real, 3, arguments.real_seeds)
-    print(record("many_agents", figures, seeds=list(range(arguments.seeds))))
+    print(
+        record("many_agents", figures, seeds=list(range(arguments.seeds)))
+    )  # the real game: the first of these
 
 
 if __name__ == "__main__":

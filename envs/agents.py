@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
-from pettingzoo import ParallelEnv  # type: ignore[import-untyped]
+from pettingzoo import ParallelEnv
 
 from envs.env import OPTIONS, FineTuneEnv
 from envs.errors import BadInput

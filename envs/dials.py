@@ -81,3 +81,16 @@ def label(turn: Turn) -> str:
     """A turn as a label: ``weight_decay x3``, ``depth -1``."""
     name, amount = turn
     return f"{name} {amount:+g}" if DIALS[name].way == "plus" else f"{name} x{amount:g}"
+
+
+def parse(text: str) -> Turn:
+    """What `label` made; raises `BadInput` on anything else."""
+    name, _, amount = text.partition(" ")
+    dial = lookup(DIALS, name, "knob to turn")
+    try:
+        turn = name, float(amount if dial.way == "plus" else amount.removeprefix("x"))
+    except ValueError:
+        form = f"{name} -1" if dial.way == "plus" else f"{name} x3"
+        raise BadInput(f"turns: {text!r} is no step; write it as {form!r}") from None
+    check(turn)
+    return turn

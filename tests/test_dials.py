@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.dials import DIALS
+from envs.dials import DIALS, label, parse
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, UnknownName
 from envs.hands import decode_many
@@ -22,6 +22,7 @@ from envs.lockstep import Lockstep, PackedJob
 from envs.progress import Context, Progress
 from tuner import policy as policies
 from tuner.audit import replay
+from tuner.curriculum import TrainConfig
 from tuner.guard import CAREFUL, FAR, GuardState, rule
 from tuner.logbook import Logbook
 from tuner.policy import DEFAULT
@@ -124,6 +125,16 @@ def test_a_turn_is_an_action_of_its_own_after_all_others():
     ]
     decided = decode_many(np.array([FIRST + 1, FIRST + 3]), actions, 2)
     assert decided.change.tolist() == [1.0, 1.0]
+
+
+def test_a_configuration_names_turns_as_labels_do():
+    for each in TURNS:
+        assert parse(label(each)) == each
+    config = TrainConfig(tasks=("trec6",), turns=("weight_decay x3", "clip x0.3", "depth -1"))
+    assert config.actions().turns == TURNS
+    for bad in ("weight_decay", "depth less", "clip x", "clip xnan"):
+        with pytest.raises(BadInput, match=r"turns: .*; (write|give)"):
+            parse(bad)
 
 
 def test_a_run_is_opened_with_what_is_to_be_turned():
