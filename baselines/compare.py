@@ -34,10 +34,10 @@ from envs import workload
 from envs.env import MakeJob
 from envs.errors import BadInput, RunFailed
 from envs.hardware import Plan
-from envs.job import TorchJob
 from envs.knobs import RATE_CEILING, RATE_FLOOR
 from envs.lockstep import Lockstep
 from envs.packed import family
+from envs.start import data_of, open_job
 from envs.task import Task
 
 PACKED = 5_000_000  # weights of the largest model whose runs are worth packing on a CPU
@@ -85,14 +85,14 @@ def compare(
     pack: int = 1,
     compiled: bool = False,
     on_cell: OnCell | None = None,
-    make_job: MakeJob = TorchJob,
+    make_job: MakeJob = open_job,
 ) -> list[dict[str, Any]]:
     """Run what the ledger lacks; all outcomes, in the order of methods, tasks and seeds.
 
     runs: every method's budget on a task, in whole runs. decades: how far from the `reference`
     rate the user's starting rate may lie either way; offset: exactly how far, in its place.
     workers: processes of one thread each; 0 takes this one. pack: cells of one family
-    (`envs.packed`) whose runs are computed together, if ``make_job`` is the plain `TorchJob`;
+    (`envs.packed`) whose runs are computed together, if ``make_job`` is the plain `open_job`;
     models over `PACKED` weights run alone. compiled: compile a family's code, which takes a
     process up to a minute and then halves the time. With workers, methods and ``make_job`` must be
     picklable, and a script must call this under ``if __name__ == "__main__"``.
@@ -113,7 +113,7 @@ def compare(
     todo = sorted((c for c in cells if c.key in pending), key=lambda c: -c.size)
     done, failed = len(cells) - len(todo), 0
     how = Plan("cuda" if torch.cuda.is_available() else "cpu", pack, compiled=compiled)
-    groups = list(_groups(todo, pack if make_job is TorchJob else 1))
+    groups = list(_groups(todo, pack if make_job is open_job else 1))
     with closing(each(partial(_attempt, ledger, make_job, how), groups, workers)) as work:
         for group, status in work:
             for cell in group:
@@ -142,7 +142,7 @@ def plan(
     runs: float,
     decades: float,
     offset: float | None = None,
-    make_job: MakeJob = TorchJob,
+    make_job: MakeJob = open_job,
 ) -> list[Cell]:
     """The cells of a comparison. Raises `BadInput` on names, tasks or seeds given twice."""
     names = [method.name for method in methods]
@@ -159,7 +159,7 @@ def plan(
         identity = describe(method) | {"name": method.name}
         code = code_version(type(method).__module__)
         for task in tasks:
-            data = {"rows": workload.load(task).fingerprint, "model": weights_of(task.model)}
+            data = {"rows": data_of(task).fingerprint, "model": weights_of(task.model)}
             for seed in map(int, seeds):
                 rate = start_rate(task, seed, decades, offset)
                 description = {
@@ -187,7 +187,7 @@ def start_rate(task: Task, seed: int, decades: float, offset: float | None = Non
     return min(max(rate, RATE_FLOOR), RATE_CEILING)
 
 
-def run_cell(cell: Cell, make_job: MakeJob = TorchJob) -> dict[str, Any]:
+def run_cell(cell: Cell, make_job: MakeJob = open_job) -> dict[str, Any]:
     """The outcome of one cell. Raises what the method raises, but for `BudgetSpent`."""
     with _one_thread():
         arena = Arena(cell.task, cell.seed, cell.start_rate, cell.runs, make_job)
@@ -286,7 +286,7 @@ def pool(
 
 def _room(task: Task) -> int:
     """Classes that a pack has room for, so that many tasks share it."""
-    return max(8, len(workload.load(task).classes))
+    return max(8, len(data_of(task).classes))
 
 
 def _groups(cells: Sequence[Cell], pack: int) -> Iterator[tuple[Cell, ...]]:
@@ -296,7 +296,8 @@ def _groups(cells: Sequence[Cell], pack: int) -> Iterator[tuple[Cell, ...]]:
     """
     waiting: dict[Any, list[Cell]] = {}
     for cell in cells:
-        small = workload.parameters(cell.task.model) <= PACKED
+        native = cell.task.objective == "classification"
+        small = native and workload.parameters(cell.task.model) <= PACKED
         together = pack > 1 and small and not getattr(cell.method, "alone", False)
         key = (family(cell.task), _room(cell.task)) if together else cell.key
         waiting.setdefault(key, []).append(cell)

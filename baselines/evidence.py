@@ -53,10 +53,15 @@ def judge(
     if training is not None and not match:
         match = {search: report.match_of(table[name], table[search]) for search in searches}
     lines = [training] if training and training.get("seconds") else []
+    in_order = {
+        search: report.match_of(table[name], table[search], ordered=True) for search in match
+    }
     cost = report.cost_of({**summary, "match": match}, lines)
     return {
         "match": match,
+        "match_in_order": in_order,
         "chance": {other: _chance(table, name, other) for other in table if other != name},
+        "jobs": jobs(table, name),
         "harm": _harm(table, name),
         "diverged": _share(row["diverged"], row["trials"]),
         "cost": cost | {"break_even": break_even(cost, match)},
@@ -74,6 +79,22 @@ def _chance(
     if not pairs[0]:
         return None
     return asdict(stats.probability_of_improvement(*pairs, paired=True, n=RESAMPLES))
+
+
+def jobs(table: Table, name: str) -> dict[str, Any]:
+    """Job by job: mean test scores with the user's own schedule and steered, and the chance."""
+    found = {}
+    for task in sorted({cell[0] for cell in table[name]}):
+        chance = _chance(table, name, report.REFERENCE, task) if report.REFERENCE in table else None
+        if chance is not None:
+            means = (
+                float(
+                    np.nanmean([report.score_of(o) for c, o in table[who].items() if c[0] == task])
+                )
+                for who in (report.REFERENCE, name)
+            )
+            found[task] = dict(zip(("own", "steered"), means, strict=True)) | {"chance": chance}
+    return found
 
 
 def _harm(table: Table, name: str) -> dict[str, Any] | None:

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 from envs.env import MakeJob
 from envs.errors import BadInput, SteersmanError
-from envs.job import Job, Score, TorchJob
+from envs.job import Job, Score
 from envs.knobs import RATE_CEILING, RATE_FLOOR, Knobs
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
+from envs.start import open_job
 from envs.task import Split, Task
 
 _APART = 1_000_003  # between the seeds of a cell's draws
@@ -150,7 +151,7 @@ class Arena:
         seed: int,
         start_rate: float,
         runs: float,
-        make_job: MakeJob = TorchJob,
+        make_job: MakeJob = open_job,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """runs: the budget, in whole runs of the task evaluated on selection every interval."""

@@ -267,8 +267,10 @@ def _bands(jobs: list[stats.Array]) -> dict[str, list[float]]:
     return {"low": low.tolist(), "point": point.tolist(), "high": high.tolist()}
 
 
-def match_of(ours: Mapping[Cell, Outcome], search: Mapping[Cell, Outcome]) -> dict[str, Any]:
-    """Trials to match in each task and in the median one."""
+def match_of(
+    ours: Mapping[Cell, Outcome], search: Mapping[Cell, Outcome], *, ordered: bool = False
+) -> dict[str, Any]:
+    """Trials to match in each task and in the median one; ordered: see `trials_to_match`."""
     found: dict[str, stats.TrialsToMatch] = {}
     for task in sorted({cell[0] for cell in ours} & {cell[0] for cell in search}):
         studies = [_whole(o["trials"]) for c, o in sorted(search.items()) if c[0] == task]
@@ -277,7 +279,7 @@ def match_of(ours: Mapping[Cell, Outcome], search: Mapping[Cell, Outcome]) -> di
             pools = [[np.array([t[k] for t in s], float) for s in studies]
                      for k in ("selection", "test")]  # fmt: skip
             found[task] = stats.trials_to_match(
-                scores_of(ours, task)[0], *pools, resamples=RESAMPLES
+                scores_of(ours, task)[0], *pools, ordered=ordered, resamples=RESAMPLES
             )
     asked = {task: asdict(match.interval) | {"n_max": match.n_max} for task, match in found.items()}
     if not found:

@@ -14,8 +14,8 @@ from baselines.method import Arena, Method, run_static
 from envs import workload
 from envs.env import MakeJob
 from envs.errors import BadInput
-from envs.job import TorchJob
 from envs.knobs import RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Optimizer, reference_rate
+from envs.start import open_job
 from envs.task import Task
 
 
@@ -154,7 +154,7 @@ def find_fixed(
     tasks: Sequence[Task],
     seeds: Sequence[int],
     candidates: Sequence[Fixed] = grid(),
-    make_job: MakeJob = TorchJob,
+    make_job: MakeJob = open_job,
 ) -> Fixed:
     """Run every candidate on every training task and seed, and take the `best_fixed`.
 

@@ -110,11 +110,16 @@ def trials_to_match(
     test: Jobs,
     *,
     n_max: int | None = None,
+    ordered: bool = False,
     resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
 ) -> TrialsToMatch:
     """The smallest N whose `expected_best` reaches the mean steered test score.
+
+    ordered: in place of that, the mean over studies of `running_best`, trials in the order in
+    which they came: without bias for a searcher that learns, for which the pooled estimate gives
+    the first trials the quality of the last. The bootstrap then draws whole studies again.
 
     ``steered``: (seeds,); ``selection``, ``test``: one pool of trials, or a list with one pool
     per study, whose curves are averaged. ``n_max``: by default and at most the smallest pool. A
@@ -134,7 +139,7 @@ def trials_to_match(
     slack = 1e-12 * np.abs(known).max()  # Equal scores match, however their sums round.
 
     def match(target: float, drawn: list[Pool]) -> float:
-        curve = np.mean([_curve(pool, top) for pool in drawn], axis=0)
+        curve = np.mean([(_came if ordered else _curve)(pool, top) for pool in drawn], axis=0)
         reached = np.flatnonzero(curve >= target - slack)
         return float(reached[0] + 1) if reached.size else math.inf
 
@@ -142,6 +147,10 @@ def trials_to_match(
     draws = np.empty(resamples)
     for i in range(resamples):
         seeds = rng.integers(ours.size, size=ours.size)
+        if ordered:
+            drawn = [pools[k] for k in rng.integers(len(pools), size=len(pools))]
+            draws[i] = match(ours[seeds].mean(), drawn)
+            continue
         trials = [rng.integers(rank.size, size=rank.size) for rank, _ in pools]
         drawn = [(rank[k], scores[k]) for (rank, scores), k in zip(pools, trials, strict=True)]
         draws[i] = match(ours[seeds].mean(), drawn)
@@ -165,9 +174,14 @@ def running_best(selection: npt.ArrayLike, test: npt.ArrayLike) -> Array:
 
     For searchers whose trials are not exchangeable (TPE, CMA-ES). The first of equals stays.
     """
-    rank, scores = _pool(selection, test)
+    pool = _pool(selection, test)
+    return _came(pool, pool[0].size)
+
+
+def _came(pool: Pool, n_max: int) -> Array:
+    rank, scores = pool
     better = np.diff(np.maximum.accumulate(rank), prepend=-1) > 0
-    return scores[np.maximum.accumulate(np.where(better, np.arange(rank.size), 0))]
+    return scores[np.maximum.accumulate(np.where(better, np.arange(rank.size), 0))][:n_max]
 
 
 def normalised(x: npt.ArrayLike, default: npt.ArrayLike, oracle: npt.ArrayLike) -> Array:

@@ -8,7 +8,7 @@ from harness import Case, Round, Side
 
 WIDTHS = (32, 64, 128)
 PACKS = (1, 4, 8, 16, 32, 64)
-MEMORY = (1, 4, 16, 64, 256)
+MEMORY = {32: (1, 4, 16, 64, 256), 64: (1, 4, 16, 64), 128: (1, 4, 16, 64)}  # runs by width
 LORA = 8  # runs in a pack of adapters
 MEAN = {"pooling": "mean"}  # all tokens are read, so that the last layer computes all of them
 BRIEFLY = 4.0  # seconds of the measurements that only a plot needs
@@ -200,7 +200,11 @@ def memory() -> Case:
     """What packs take, beside what was predicted."""
     return Case(
         "memory",
-        [Side(f"memory-{n}", "pack_memory:taken", {"runs": n}) for n in MEMORY],
+        [
+            Side(f"memory-{w}-{n}", "pack_memory:taken", {"runs": n, "width": w})
+            for w, sizes in MEMORY.items()
+            for n in sizes
+        ],
         {
             "memory": lambda results: max(
                 abs(side["megabytes"] / side["predicted"] - 1) for side in results.values()

@@ -83,10 +83,10 @@ CLAIMS: dict[str, Claim] = {
               "over the bare loop, a step is one update", unit="points"),
         Claim("own_overhead", "overhead of our environment",
               "over the bare loop, a step is 10 updates", unit="points"),
-        Claim("memory", "memory of packs of 1 to 256 runs, width 32: distance from the prediction",
-              "largest deviation of a fresh process's peak from the line that two runs foretell: "
-              "weights, moments, texts, and the work of updates and scores", 0.10, "lower",
-              "share"),
+        Claim("memory", "memory of packs of 1 to 256 runs: distance from the prediction",
+              "largest deviation, at widths 32, 64 and 128, of a fresh process's peak from the "
+              "line that two runs foretell: encoder, texts, weights, moments, and the work of "
+              "updates and scores", 0.10, "lower", "share"),
         Claim("gpu_packed_256", "256 packed runs over the Trainer in turn, width 64, GPU",
               "run-steps a second on one GPU", 50.0),
         Claim("gpu_lora_64", "64 packed LoRA runs over runs in turn, MiniLM-L6, GPU",

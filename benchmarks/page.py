@@ -238,11 +238,13 @@ def memory(results: Mapping[str, Any]) -> str:
     if "memory" not in results:
         return "Memory: not measured."
     rows = [
-        (str(side["runs"]), f"{_value(side['megabytes']):.1f}", f"{_value(side['predicted']):.1f}",
+        (str(side["width"]), str(side["runs"]),
+         f"{_value(side['megabytes']):.1f}", f"{_value(side['predicted']):.1f}",
          f"{100 * (_value(side['megabytes']) / _value(side['predicted']) - 1):+.1f} %")
         for side in results["memory"]["sides"].values()
     ]  # fmt: skip
-    return f"{MEMORY}\n{table(('runs', 'MB taken', 'MB predicted', 'apart'), rows)}"
+    head = ("width", "runs", "MB taken", "MB predicted", "apart")
+    return f"{MEMORY}\n{table(head, rows)}"
 
 
 def _value(entry: Any) -> float:

@@ -10,3 +10,4 @@ gymnasium.register(
 gymnasium.register(
     id="Steersman/Surrogate-v0", vector_entry_point="envs.surrogate:SurrogateVectorEnv"
 )
+gymnasium.register(id="Steersman/Trainer-v0", entry_point="envs.trainer_env:trainer_env")

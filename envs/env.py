@@ -9,7 +9,7 @@ import numpy as np
 
 from envs import workload
 from envs.errors import BadInput, UnknownName
-from envs.job import Job, TorchJob, report_start, with_validation
+from envs.job import Job, report_start, with_validation
 from envs.knobs import (
     OPTIMIZERS,
     RATE_CEILING,
@@ -27,6 +27,7 @@ from envs.knobs import (
 from envs.observe import mean_loss, observe, space
 from envs.progress import Context, Progress
 from envs.reward import CEILING, PENALTY, gain, potential
+from envs.start import data_of, open_job
 from envs.task import Task, find, vary
 
 MakeJob = Callable[[Task, int, Knobs], Job]
@@ -74,6 +75,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         optimizers: the starting optimizer is drawn from these.
         shape: the base schedule's shape; "any" draws it.
         blind: probability that an episode runs without validation losses in its observation.
+        center: the rate that starting rates are drawn around, instead of the reference.
         make_job: opens a job; tests pass a scripted one.
 
     References: Daniel et al. 2016; Xu et al. 2019; Wu et al. 2018 (why no discount); Eimer et
@@ -94,7 +96,8 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         optimizers: Sequence[Optimizer] = ("adamw",),
         shape: Shape | Literal["any"] = "linear",
         blind: float = 0.0,
-        make_job: MakeJob = TorchJob,
+        center: float | None = None,
+        make_job: MakeJob = open_job,
     ) -> None:
         names = [task] if isinstance(task, str | Task) else list(task)
         if not names:
@@ -116,6 +119,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         self.action_space = self.actions.space()
         self._spread, self._vary, self._blind = spread, vary, blind
         self._optimizers, self._shape, self._make_job = tuple(optimizers), shape, make_job
+        self._center = center
         self._job: Job | None = None
         self._over = True
 
@@ -192,18 +196,20 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         if shape == "any":
             shape = LIKELY[int(rng.integers(len(LIKELY)))]
         exponent = rng.uniform(-self._spread, self._spread)
-        ruler = reference_rate(workload.parameters(task.model), optimizer, task.adapter)
+        ruler = self._center or reference_rate(
+            workload.parameters(task.model), optimizer, task.adapter
+        )
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)
         return task, Knobs(rate=rate, optimizer=optimizer, shape=shape), int(rng.integers(2**31))
 
     def _relative(self, task: Task) -> Task:
         """A random relative that the data can serve: few rows of a class rule some out."""
-        classes = workload.load(task).classes
+        classes = data_of(task).classes
         for _ in range(20):
             relative = vary(task, classes, self.np_random)
             try:
-                workload.load(relative)
+                data_of(relative)
             except BadInput:
                 continue
             return relative

@@ -15,11 +15,12 @@ import greenlet
 from envs import workload
 from envs.batched import can_compile, fit
 from envs.hardware import Plan
-from envs.job import Job, Score, TorchJob
+from envs.job import Job, Score
 from envs.knobs import Knobs
 from envs.packed import Family, Pack, family
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot
+from envs.start import open_job
 from envs.task import Split, Task
 
 logger = logging.getLogger(__name__)
@@ -95,19 +96,21 @@ class Lockstep:
 
     def warm(self, task: Task) -> None:
         """Compile what a task's packs need; processes forked later find the code on disk."""
-        if self._compiled and not fit(task).reason:
+        if self._compiled and task.objective == "classification" and not fit(task).reason:
             job = self.open(task, 0)
             job.advance(1)
             job.evaluate("validation")
 
     def open(self, task: Task, seed: int, knobs: Knobs | None = None) -> Job:
-        """A new run in a free lane, or in a new pack if there is none."""
+        """A new run in a free lane, or in a new pack if there is none; a Trainer's runs alone."""
+        if task.objective != "classification":
+            return open_job(task, seed, knobs)
         fits = fit(task)
         if fits.reason:
             if fits.reason not in self._told:
                 self._told.add(fits.reason)
                 logger.warning("%s; its runs are computed one by one", fits.reason)
-            return TorchJob(task, seed, knobs, self._plan.device)
+            return open_job(task, seed, knobs, self._plan.device)
         classes = len(workload.load(task).classes)
         room = self._classes
         while room < classes:

@@ -23,8 +23,8 @@ from envs.stack import Stack, Turn
 from envs.task import Split, Task
 
 CHUNK = 32  # rows judged together: 64 would be a tenth faster and take a third more memory
-BUFFERS = 3 << 20  # bytes that libraries take when they are first used
-HOLES = 1.25  # bytes that the allocator holds for a byte of work; measured, see `_lane_peak`
+BUFFERS = 3 << 20  # bytes of code and room that libraries take when they are first used
+HOLES = 1.35  # bytes that the allocator holds for a byte of work; measured, see `_bytes`
 EDGE = 8  # lengths are multiples of it, so that many tasks are of one family
 
 
@@ -103,13 +103,18 @@ class Pack:
 
     @property
     def lane_bytes(self) -> int:
-        """Of a lane's weights, moments and slopes, and of its run's order and texts.
-
-        Runs of one task share the texts; here each is charged its own.
-        """
+        """Of a lane's weights, moments and slopes, and of its run's order."""
         runs = [run for run in self._runs if run is not None]
-        own = sum(run.order.nbytes + run.texts.nbytes for run in runs)
-        return self._stack.nbytes // self.lanes + own // max(1, len(runs))
+        orders = sum(run.order.nbytes for run in runs)
+        return self._stack.nbytes // self.lanes + orders // max(1, len(runs))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of what there is once for all lanes: encoder, pretrained weights, texts of each task."""
+        module = self._model.module
+        weights = sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+        texts = sum(texts.nbytes for texts in self._texts.values())
+        return weights + self._pretrained.nbytes + texts
 
     # -- opening and closing -----------------------------------------------------------------
 
@@ -371,16 +376,22 @@ class _Look:
 
 
 def predict(task: Task, lanes: int, classes: int = 8) -> int:
-    """Bytes that a pack will take at its peak, all lanes computed together: linear in the lanes."""
-    return lanes * _lane_peak(task, classes) + BUFFERS
+    """Bytes that a pack of a task's runs will take at its peak, computed together.
+
+    Linear in the lanes: what each needs, and what is there once for all of them.
+    """
+    each, once = _bytes(task, classes)
+    return lanes * each + once + BUFFERS
 
 
 @functools.lru_cache(maxsize=64)
-def _lane_peak(task: Task, classes: int) -> int:
-    """Bytes of one lane, from a pack of two.
+def _bytes(task: Task, classes: int) -> tuple[int, int]:
+    """Bytes of one lane and of what all lanes share, from a pack of two.
 
     Updates and scores ask for blocks of other sizes: what one has freed is of little use to the
-    other, so that their peaks add up, and some is lost between blocks.
+    other, so that their peaks add up. What is freed the allocator keeps, in pieces between blocks
+    in use, but for blocks of 32 MiB and more, which large packs have: packs of 1 to 256 runs of
+    the shipped encoders hold 1.1 to 1.7 bytes for each of work.
     """
     small = Pack(task, 2, classes)
     for lane in range(2):
@@ -392,4 +403,4 @@ def _lane_peak(task: Task, classes: int) -> int:
     ):
         call()  # what is made once, as the texts of a split, is not of its work
         working += memory.peak(call)
-    return small.lane_bytes + round(HOLES * working / 2)
+    return small.lane_bytes + round(HOLES * working / 2), small.shared_bytes

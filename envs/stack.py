@@ -78,8 +78,9 @@ class Stack:
 
     @property
     def nbytes(self) -> int:
-        """Of all lanes."""
-        return sum(4 * part.weights.nbytes for part in (self.row, self.table))
+        """Of all lanes: weights, slopes and moments, and where the probe looks."""
+        parts = sum(4 * part.weights.nbytes for part in (self.row, self.table))
+        return parts + self._columns.nbytes + self._cells.nbytes
 
     def begin(self, lane: int, row: Tensor, columns: Tensor, cells: Tensor) -> None:
         """New weights in a lane. columns, cells: what the probe samples of row and table."""

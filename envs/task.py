@@ -13,7 +13,7 @@ from envs.errors import BadInput, UnknownName, lookup
 
 Objective = Literal[
     "classification", "regression", "tokens", "causal", "translation", "headlines", "reward", "dpo",
-    "kto", "sft", "grpo",
+    "kto", "sft", "grpo", "own",
 ]  # fmt: skip
 Adapter = Literal["full", "lora"]
 Pooling = Literal["mean", "first"]
@@ -178,14 +178,13 @@ def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
 
 
 def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task:
-    """A random relative of a task: class subset, rows and label noise.
+    """A random relative of a task: class subset, rows and label noise; of a Trainer's, rows.
 
     classes: those to choose from; the task's own, if it names some. Batch size and horizon stay:
-    environments that share them can be computed together (see `reshape`). Other objectives than
-    classification have neither classes nor noise.
+    environments that share them can be computed together (see `reshape`).
     """
     if task.objective != "classification":
-        return replace(task, rows=int(rng.choice([200, 500, 1000, 2000])))
+        return replace(task, rows=int(rng.choice([200, 400, 800])))
     subset = task.classes
     if len(classes) > 2 and rng.random() < 0.7:
         count = int(rng.integers(2, len(classes) + 1))

@@ -1,11 +1,27 @@
 """Trainer jobs: any transformers or TRL Trainer as a `Job`."""
 
-from collections.abc import Callable
+import functools
+import gc
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from envs.job import Score
-from envs.task import Split
+import greenlet
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from envs import probe
+from envs.errors import BadInput, RunFailed
+from envs.instruments import Eyes, Rates, describe
+from envs.job import Score, finite, spread
+from envs.knobs import Knobs
+from envs.progress import Context, Progress
+from envs.snapshot import Snapshot, recall, remember
+from envs.task import Split, Task
 
 
 @dataclass(frozen=True)
@@ -21,3 +37,263 @@ class Setup:
     score: Callable[[Any, Split], Score]
     rows: int  # of the training split
     classes: int = 2
+
+
+Make = Callable[[Task, int, Knobs], Setup]
+
+
+class TrainerJob:
+    """A Trainer whose own loop runs, an interval at a time.
+
+    ``trainer.train()`` lives in a greenlet. It comes to a halt before the update at which a
+    decision is due, and goes on where it stood: whatever the Trainer does at an update, it does.
+    With the knobs left alone the run is the plain ``trainer.train()`` bit for bit. Python's,
+    NumPy's and torch's random states are the job's own while it runs, and the caller's otherwise.
+    The schedule is the Trainer's, and ``knobs.rate`` its peak. A job that is dropped in the middle
+    leaves its loop by an exception of greenlet's, which runs the Trainer's own clean-up.
+    """
+
+    def __init__(self, task: Task, seed: int, knobs: Knobs | None = None, *, make: Make) -> None:
+        """make: the task, a seed and the knobs to start from -> the `Setup`."""
+        _freeze()
+        self.task = task
+        self._knobs = knobs or Knobs()
+        self._start_rate = self._knobs.rate
+        self._world = _World(*spread(seed, 2))
+        with self._world.lent():
+            self._setup = make(task, seed, self._knobs)
+        trainer = self._setup.trainer
+        self._model = trainer.model
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
+        found = describe(self._model, None, self._setup.classes, self._setup.rows)
+        self._context = Context(
+            total=task.steps,
+            decisions=task.decisions,
+            optimizer=self._knobs.optimizer,
+            start_rate=self._start_rate,
+            **found,
+        )
+        self._pace = _Pace(trainer)
+        trainer.add_callback(self._pace)
+        self._loop = greenlet.greenlet(trainer.train)
+        self._lost = 0
+
+    @property
+    def step(self) -> int:
+        """Updates done; those that a Trainer could not make after it diverged count too."""
+        return self._pace.step + self._lost
+
+    @property
+    def knobs(self) -> Knobs:
+        """The settings in force."""
+        return self._knobs
+
+    @property
+    def context(self) -> Context:
+        """What the observation needs to know of the run as a whole."""
+        return self._context
+
+    def advance(self, steps: int) -> Progress:
+        """Let the Trainer make ``steps`` updates.
+
+        What a Trainer raises when its weights are no longer finite, as generation does, counts as
+        divergence, and the loop has ended; anything else it raises is raised here.
+        """
+        pace, trainer = self._pace, self._setup.trainer
+        pace.until, pace.rate = pace.step + steps, self._knobs.rate
+        trainer.args.max_grad_norm = self._knobs.clip
+        if not self._lost:
+            self._run()
+        left = pace.until - pace.step
+        if left and finite(self._parameters):
+            raise RunFailed(
+                f"trainer: stopped by itself at update {self.step} of {self.task.steps}; take off "
+                "the callbacks that stop it early, or plan fewer steps"
+            )
+        self._lost += left
+        gradient, clipped, update, cosine = pace.probe.read()
+        return Progress(
+            step=self.step,
+            rate=self._knobs.rate,
+            factor=pace.factor,
+            losses=(*pace.fetch(), *[math.nan] * left),
+            gradient=gradient,
+            clipped=clipped,
+            update=update,
+            cosine=cosine,
+            finite=finite(self._parameters),
+        )
+
+    def _run(self) -> None:
+        """Let the loop go on to its next halt, or to its end."""
+        self._loop.parent = greenlet.getcurrent()
+        try:
+            with self._world.lent():
+                self._loop.switch()
+        except Exception:
+            if finite(self._parameters):
+                raise
+
+    def apply(self, knobs: Knobs) -> None:
+        """Put the rate and the clipping in force from the next update on."""
+        for name in ("optimizer", "weight_decay", "shape", "warmup"):
+            if getattr(knobs, name) != getattr(self._knobs, name):
+                raise BadInput(
+                    f"trainer: {name}: is the Trainer's own and cannot be changed in the run; "
+                    "leave it as it is"
+                )
+        self._knobs = knobs
+
+    def evaluate(self, split: Split) -> Score:
+        """Judge the weights on a split as the factory says; training is not affected."""
+        training = [(module, module.training) for module in self._model.modules()]
+        with self._world.copied():
+            score = self._setup.score(self._setup.trainer, split)
+        for module, mode in training:
+            module.training = mode
+        return score
+
+    def snapshot(self) -> Snapshot:
+        """The trained weights, copied."""
+        return remember(self._parameters)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put weights back and forget the optimizer's moments; the knobs stay."""
+        optimizer = self._setup.trainer.optimizer
+        if optimizer is None:  # made when training begins
+            with torch.no_grad():
+                torch._foreach_copy_(self._parameters, snapshot)
+        else:
+            recall(snapshot, self._parameters, optimizer)
+
+    def close(self) -> None:
+        """Leave the Trainer's loop; nothing can be advanced any more."""
+        if self._loop:
+            self._loop.parent = greenlet.getcurrent()
+            with self._world.lent():
+                self._loop.throw()
+
+
+class _Pace(TrainerCallback):
+    """Halts the Trainer before the update ``until``, and reads what a report needs of the rest.
+
+    It must not refer to the greenlet: the last reference to a dropped job's loop ends it.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.step, self.until, self.rate = 0, 0, 0.0
+        self.factor = 1.0
+        self.probe = probe.Probe()
+        self._parts: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []
+        train = trainer.training_step
+
+        @functools.wraps(train)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            """Its result is the update's loss, whoever computes it; of micro-batches, a share."""
+            loss = train(*args, **kwargs)
+            self._parts.append(loss.detach())
+            return loss
+
+        trainer.training_step = watched
+
+    def fetch(self) -> list[float]:
+        """The losses of the updates since the last call; one transfer from the device."""
+        losses, self._losses = self._losses, []
+        return torch.stack(losses).tolist() if losses else []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take hold of what the Trainer has made by now."""
+        self._rates = Rates(kwargs["lr_scheduler"])
+        self._eyes = Eyes(kwargs["model"], 1)
+        self._optimizer = kwargs["optimizer"]
+        self._put = self._rates.start
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Halt if a decision is due, and go on with what was decided."""
+        while state.global_step >= self.until:
+            greenlet.getcurrent().parent.switch()
+        if self.rate != self._put:
+            self._rates.put(self.rate)
+            self._put = self.rate
+        if self.until - state.global_step <= 2:
+            self._eyes.watch_gradients()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are in and clipped."""
+        if self._eyes.watching:
+            self.probe.gradient(self._eyes.gradient(self._optimizer))
+            if state.global_step + 1 == self.until:
+                self.probe.before(self._eyes.sampled)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights have moved."""
+        if self._eyes.watching and state.global_step + 1 == self.until:
+            self.probe.after(self._eyes.sampled)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the update; the gradients need no more watching at an interval's end."""
+        self._losses.append(functools.reduce(torch.add, self._parts))
+        self._parts, self._eyes.losses = [], []
+        self.step, self.factor = state.global_step, self._rates.factor
+        if self.step == self.until:
+            self._eyes.rest()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks off the model."""
+        self._eyes.close()
+
+
+class _World:
+    """Python's, NumPy's and torch's global random states, of one job."""
+
+    def __init__(self, seed: int, numpy_seed: int) -> None:
+        devices = range(torch.cuda.device_count())
+        self._states: list[Any] = [
+            random.Random(seed).getstate(),
+            np.random.RandomState(numpy_seed).get_state(),
+            torch.Generator().manual_seed(seed).get_state(),
+            [torch.Generator(f"cuda:{d}").manual_seed(seed).get_state() for d in devices],
+        ]
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The global states are the job's inside, and what they were outside."""
+        outside = _read()
+        _write(self._states)
+        try:
+            yield
+        finally:
+            self._states = _read()
+            _write(outside)
+
+    @contextmanager
+    def copied(self) -> Iterator[None]:
+        """Likewise, but what is used up inside is given back."""
+        states = self._states
+        with self.lent():
+            yield
+        self._states = states
+
+
+def _read() -> list[Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
+
+
+def _write(states: list[Any]) -> None:
+    python, numpy, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@functools.cache
+def _freeze() -> None:
+    """Each ``train()`` collects garbage; what the libraries have made by now need not be seen."""
+    gc.collect()
+    gc.freeze()

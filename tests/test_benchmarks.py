@@ -103,6 +103,16 @@ def test_the_best_pack_is_chosen_within_a_round():
     assert figure["packed_trainer_32"](results | {"trainer-32": {"seconds": 7.0}}) == 7.0
 
 
+def test_the_prediction_of_memory_is_judged_at_the_worst_of_all_widths():
+    case = next(case for case in cases.cases(None) if case.name == "memory")
+    assert {side.arguments["width"] for side in case.sides} == set(cases.WIDTHS)
+    results = {side.name: {"megabytes": 100.0, "predicted": 100.0} for side in case.sides}
+    assert case.figures["memory"](results) == 0
+    worst = next(side.name for side in case.sides if side.arguments["width"] == 64)
+    results[worst] = {"megabytes": 80.0, "predicted": 100.0}
+    assert case.figures["memory"](results) == pytest.approx(0.2)
+
+
 def step(engine, runs, seconds, width=32, tokens=16):
     number = {"median": seconds, "quartiles": [seconds, seconds], "values": [seconds]}
     return {
@@ -143,6 +153,6 @@ def test_page_shows_figures_misses_and_plots(tmp_path):
 
 
 def test_page_says_how_far_memory_is_from_the_prediction(tmp_path):
-    side = {"runs": 4, "megabytes": {"median": 33.0}, "predicted": {"median": 30.0}}
-    text = page.memory({"memory": {"sides": {"memory-4": side}}})
-    assert "| 4 | 33.0 | 30.0 | +10.0 % |" in text
+    side = {"width": 64, "runs": 4, "megabytes": {"median": 33.0}, "predicted": {"median": 30.0}}
+    text = page.memory({"memory": {"sides": {"memory-64-4": side}}})
+    assert "| 64 | 4 | 33.0 | 30.0 | +10.0 % |" in text

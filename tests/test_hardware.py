@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from envs import batched, hardware, memory
+from envs import batched, hardware, memory, workload
 from envs.errors import RunFailed
 from envs.hardware import Plan, fitting, probe
 from envs.job import TorchJob
 from envs.knobs import Knobs
-from envs.packed import Pack, predict
-
-MIB = 1 << 20
+from envs.packed import BUFFERS, Pack, predict
 
 
 def test_a_peak_is_of_what_lives_at_the_same_time():
@@ -27,6 +25,21 @@ def test_a_prediction_is_linear_and_holds_the_stacks(tiny_task):
     assert sizes[2] - sizes[1] == 2 * slope
     assert sizes[3] - sizes[2] == 60 * slope
     assert sizes[3] > Pack(tiny_task(), 64, 8)._stack.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_prediction_charges_once_what_runs_share(tiny_task, adapter):
+    task = tiny_task(adapter=adapter)
+    once = 2 * predict(task, 1) - predict(task, 2) - BUFFERS
+    encoder, pack = 4 * workload.parameters(task.model), Pack(task, 3, 8)
+    assert encoder < once < 4 * encoder  # with the texts
+    pack.open(0, task, 0, Knobs())
+    before = pack.shared_bytes
+    for lane in (1, 2):
+        pack.open(lane, task, lane, Knobs())
+    assert pack.shared_bytes == before
+    assert pack.lane_bytes * 3 >= pack._stack.nbytes
 
 
 def test_only_packs_that_fit_are_tried(tiny_task, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from job_conformance import STEPS, JobConformance
 from torch import nn
 
 from envs import probe, workload
@@ -16,6 +17,15 @@ from envs.knobs import KEEP, OPTIMIZERS, Knobs, factor
 from envs.rows import split_of
 
 SEED = 3
+
+
+class TestTorchJob(JobConformance):
+    @pytest.fixture(autouse=True)
+    def _task(self, tiny_task):
+        self.task = tiny_task(steps=STEPS, interval=4, dropout=0.1)
+
+    def open(self, seed=SEED, rate=JobConformance.RATE):
+        return TorchJob(self.task, seed, Knobs(rate))
 
 
 def weights(job):

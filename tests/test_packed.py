@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from job_conformance import STEPS, JobConformance
 
 from baselines.compare import compare
 from baselines.schedules import CosineWarmup, Keep
@@ -23,6 +24,17 @@ from envs.layout import lay_out
 from envs.lockstep import Lockstep, PackedJob
 from envs.packed import Pack
 from envs.stack import Stack, Turn
+
+
+class TestPackedJob(JobConformance):
+    @pytest.fixture(autouse=True)
+    def _task(self, tiny_task):
+        self.task = tiny_task(steps=STEPS, interval=4)  # lanes share the draws of dropout
+        self.lockstep = Lockstep(Plan("cpu", 2), classes=4)
+
+    def open(self, seed=3, rate=JobConformance.RATE):
+        return self.lockstep.open(self.task, seed, Knobs(rate))
+
 
 SETTINGS = (
     Knobs(1e-3),

@@ -186,6 +186,15 @@ def test_trials_to_match_of_a_pool_whose_answer_is_known(n):
     assert result.interval.low <= result.interval.point == n <= result.interval.high
 
 
+def test_a_searcher_that_learns_is_matched_in_its_own_order():
+    """Pooled, its first trial would be worth as much as the mean of all."""
+    rising = [np.arange(1.0, 41.0), np.arange(1.0, 41.0) + 2]  # the mean of both after N is N + 1
+    assert stats.trials_to_match([11.0], rising, rising, resamples=20).interval.point == 1
+    ordered = stats.trials_to_match([11.0], rising, rising, ordered=True, resamples=400)
+    assert ordered.interval.point == 10
+    assert (ordered.interval.low, ordered.interval.high) == (9, 11)  # one study, or the other
+
+
 def test_more_trials_than_were_tried_are_said_to_be_more():
     pool = np.arange(1.0, 41.0)
     beyond = stats.trials_to_match([99.0], pool, pool, n_max=30, resamples=20)

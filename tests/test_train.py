@@ -25,6 +25,7 @@ from tuner.imitation import lessons, teacher
 from tuner.policy import PLACES
 from tuner.recorder import Recorder
 from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig, above_others
+from tuner.tabular import TabularAgent, q_learning
 from tuner.train import MUTE, train
 from tuner.vecenv import VectorAdapter
 
@@ -242,8 +243,33 @@ def test_imitation_teaches_the_way_to_the_best_rate(config):
     normaliser = Normaliser(np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32))
     agent = PPOAgent(envs, 10, normaliser, PPOConfig(), actions.keep)
     assert agent.imitate(*lessons(actions, 10, 0), 0) > 0.9
+    table = TabularAgent(q_learning, actions.size, actions.keep)
+    table.imitate(*lessons(actions, 10, 0), 0)
+    assert table.table[table.states(seen)].argmax(1)[:4].tolist() == [
+        actions.multipliers.index(x) for x in (10.0, 1.0, 0.1, 0.03)
+    ]
+    row = int(table.states(seen)[0])
+    assert table.table[row].max() > -0.15  # the teacher's, of a cell in which it does not differ
+    assert table.table[row].min() == -table.config.regret  # never shown
     with pytest.raises(BadInput, match="imitate"):
-        config(agent="sarsa", imitate=True).check()
+        config(agent="dqn", imitate=True).check()
+
+
+def test_imitation_alone_is_a_policy_like_any_other(config, tmp_path):
+    """It goes where the teacher goes, and is what PPO begins with."""
+    actions = {"multipliers": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), "rollback": False}
+    taught = train(config(agent="imitation", **actions), tmp_path / "taught")
+    assert taught.manifest.algorithm == "imitation"
+    assert taught.manifest.provenance["episodes"] == 0
+    seen = np.zeros(SIZE, np.float32)
+    chosen = []
+    for decades in (-1.25, 0.0, 1.25):
+        seen[PLACES["rate_vs_reference"]] = decades
+        chosen.append(taught.manifest.actions.label(taught.act(seen)))
+    assert chosen == ["x10", "keep", "x0.03"]
+    begun = train(config(imitate=True, iterations=1, rate=1e-9, **actions), tmp_path / "begun")
+    for name, array in taught.arrays.items():
+        assert np.allclose(array, begun.arrays[name], atol=1e-5), name
 
 
 @pytest.mark.slow

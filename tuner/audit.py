@@ -146,7 +146,7 @@ def lead(policy: Any, observation: NDArray[np.float32], actions: Actions) -> flo
     """Log odds of the likeliest action over *keep*; None where a policy has no odds."""
     scores = getattr(policy, "scores", None)
     algorithm = getattr(policy.manifest, "algorithm", "")
-    if scores is None or algorithm != "ppo" or actions.view != "discrete":
+    if scores is None or algorithm not in ("ppo", "imitation") or actions.view != "discrete":
         return None
     values = scores(observation)
     return float(values.max() - values[actions.keep])

@@ -11,21 +11,20 @@ import torch
 from gymnasium.vector import VectorEnv
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from envs import workload
 from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
 from envs.hardware import Plan, probe
-from envs.job import TorchJob
 from envs.knobs import Actions
 from envs.lockstep import Lockstep
 from envs.packed import family
+from envs.start import data_of, open_job
 from envs.surrogate import SurrogateVectorEnv
 from envs.task import Task, find, reshape
 from envs.vector import PackedVectorEnv
 from envs.workers import WorkerVectorEnv
 from tuner.recorder import Recorder
 
-Algorithm = Literal["ppo", "dqn", "q-learning", "sarsa"]
+Algorithm = Literal["ppo", "imitation", "dqn", "q-learning", "sarsa"]
 Stage = Literal["surrogate", "tasks", "larger"]
 SIMULATED = 512  # runs of the surrogate stepped together
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -36,7 +35,10 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    agent: Algorithm = Field("ppo", description="learner: ppo, dqn, q-learning or sarsa")
+    agent: Algorithm = Field(
+        "ppo",
+        description="learner: ppo, dqn, q-learning, sarsa; or imitation, which is taught alone",
+    )
     budget: str = Field("10m", description="time to train: 90s, 10m, 2h; empty: by iterations")
     iterations: int = Field(
         0, ge=0, le=1_000_000, description="rollouts at most, each of whole episodes; 0: no limit"
@@ -49,7 +51,7 @@ class TrainConfig(BaseModel):
         (), description="tasks of the last stage, on larger models for one"
     )
     imitate: bool = Field(
-        False, description="ppo first learns what the best recorded schedule would do"
+        False, description="first learn what the best recorded schedule would do; not for dqn"
     )
     rate: float = Field(1e-3, gt=0, le=1, description="learning rate of ppo and dqn at the start")
     surrogate: float = Field(
@@ -121,19 +123,19 @@ class TrainConfig(BaseModel):
 
     def check(self) -> None:
         """Raise `BadInput` for what only becomes wrong together."""
-        if not self.budget and not self.iterations:
+        if not self.budget and not self.iterations and self.agent != "imitation":
             raise BadInput("train: budget, iterations: both empty; give how long to train")
         if self.workers and self.envs % self.workers:
             raise BadInput(
                 f"train: envs: {self.envs} do not share out over {self.workers} workers evenly; "
                 "give a multiple"
             )
-        if self.imitate and (self.agent != "ppo" or self.view != "discrete"):
+        if self.imitate and (self.agent == "dqn" or self.view != "discrete"):
             raise BadInput(
-                f"train: imitate: {self.agent} with {self.view} actions cannot; use ppo and "
-                "discrete, or leave it out"
+                f"train: imitate: {self.agent} with {self.view} actions cannot; use ppo, "
+                "q-learning or sarsa with discrete ones, or leave it out"
             )
-        if self.agent == "ppo" and self.envs % self.group:
+        if self.agent in ("ppo", "imitation") and self.envs % self.group:
             raise BadInput(
                 f"train: envs: {self.envs} do not share out over groups of {self.group} evenly; "
                 "give a multiple"
@@ -202,7 +204,7 @@ def _make(config: TrainConfig, plan: Plan, stage: Stage) -> VectorEnv:
             blind=config.blind,
         )  # fmt: skip
     for task in config.task_list(stage):  # read once here; forked processes share the memory
-        workload.load(task)
+        data_of(task)
     if not config.workers:
         return _part(config, plan, stage, range(config.envs))
     lockstep = _lockstep(config, plan, stage)
@@ -216,7 +218,7 @@ def _make(config: TrainConfig, plan: Plan, stage: Stage) -> VectorEnv:
     size = config.envs // config.workers
     parts = [partial(_part, config, plan, stage, range(i * size, (i + 1) * size))
              for i in range(config.workers)]  # fmt: skip
-    return WorkerVectorEnv(parts, _make_env(config, stage, 0, TorchJob), size)
+    return WorkerVectorEnv(parts, _make_env(config, stage, 0, open_job), size)
 
 
 def _part(config: TrainConfig, plan: Plan, stage: Stage, numbers: Iterable[int]) -> PackedVectorEnv:
@@ -226,7 +228,7 @@ def _part(config: TrainConfig, plan: Plan, stage: Stage, numbers: Iterable[int])
 
 
 def _lockstep(config: TrainConfig, plan: Plan, stage: Stage) -> Lockstep:
-    classes = max(len(workload.load(task).classes) for task in config.task_list(stage))
+    classes = max(len(data_of(task).classes) for task in config.task_list(stage))
     return Lockstep(plan, classes=classes)
 
 

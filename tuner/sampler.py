@@ -27,8 +27,8 @@ from baselines.method import Arena, Trial
 from baselines.schedules import reference
 from envs.env import MakeJob
 from envs.errors import BadInput, RunFailed, UnknownName
-from envs.job import TorchJob
 from envs.knobs import Knobs, Optimizer, Shape
+from envs.start import open_job
 from envs.task import Task, find
 from tuner.evaluate import PolicyMethod
 from tuner.policy import Policy
@@ -68,7 +68,7 @@ def find_start(
     *,
     rate: float | None = None,
     mode: str = "explore",
-    make_job: MakeJob = TorchJob,
+    make_job: MakeJob = open_job,
 ) -> tuple[Start, ...]:
     """Where steered runs of a task ended, the best first. Costs ``runs`` fine-tuning runs.
 

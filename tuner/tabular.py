@@ -36,8 +36,10 @@ class TabularConfig:
     floor: float = 0.02
     explore_from: float = 1.0  # epsilon at the start, and at the end of the training
     explore_to: float = 0.05
+    regret: float = 0.3  # what an action that was never shown is thought to cost
+    lessons: int = 10  # updates that what was shown counts for
     bins: tuple[tuple[str, tuple[float, ...]], ...] = (
-        ("rate_vs_reference", (-1.25, -0.75, -0.25, 0.25, 0.75, 1.25)),
+        ("rate_vs_reference", (-1.25, -0.75, -0.4, -0.25, 0.05, 0.25, 0.75, 1.25)),
         ("progress", (0.05, 0.5)),
         ("validation_vs_best", (0.05,)),
     )
@@ -73,6 +75,17 @@ class TabularAgent:
             for column, edges in zip(self._columns, self._edges, strict=True)
         ]
         return np.asarray(np.ravel_multi_index(indices, self._shape))
+
+    def imitate(
+        self, observations: NDArray[np.float32], actions: NDArray[np.int64], seed: int
+    ) -> None:
+        """Begin with what a teacher did: (n, features) raw observations, (n,) actions."""
+        shown = np.zeros_like(self.table)
+        np.add.at(shown, (self.states(observations), actions), 1)
+        met = shown.sum(1) > 0
+        share = shown[met] / shown[met].sum(1, keepdims=True)
+        self.table[met] = self.config.regret * (share - 1)
+        self.visits[met] = self.config.lessons
 
     def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
         """Some episodes in every environment, an update after each step."""

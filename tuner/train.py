@@ -9,7 +9,7 @@ import io
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +19,11 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from baselines.identity import code_version
-from envs import observe, workload
+from envs import observe
 from envs.errors import BadInput
 from envs.files import write_atomic
 from envs.hardware import Plan
+from envs.start import data_of
 from tuner import policy
 from tuner.agent import Agent, Normaliser
 from tuner.curriculum import TrainConfig, iteration_seed, opened, plan_of
@@ -35,6 +36,7 @@ SURVEY = 2  # random episodes of each environment that fix the normaliser
 CONSTANT = 1e-3  # a feature that deviates less in training is mute: nothing was learned of it
 MUTE = 1e6  # the deviation that a mute feature is divided by
 FLOOR = 0.05  # least deviation of any other
+TAUGHT = 0.2  # exploration of a table at the start, when it has been shown what to do
 
 
 def train(
@@ -70,7 +72,7 @@ def train(
                 agent = make_agent(config, recorder, normaliser)
                 if learned is not None:
                     agent.load(learned)
-                elif config.imitate:
+                elif config.imitate or config.agent == "imitation":
                     shown = lessons(config.actions(), config.task_list()[0].decisions, config.seed)
                     cast(Any, agent).imitate(*shown, config.seed)
                 continue  # a finished training that is repeated learns no more
@@ -87,6 +89,8 @@ def train(
 
 def done(config: TrainConfig, rows: list[dict[str, Any]]) -> float:
     """The share of the training that is done: of the iterations or of the time."""
+    if config.agent == "imitation":
+        return 1.0  # it makes no episodes
     seconds = sum(row["seconds"] for row in rows)
     return max(
         len(rows) / config.iterations if config.iterations else 0.0,
@@ -111,11 +115,13 @@ def make_agent(config: TrainConfig, envs: VectorEnv, normaliser: Normaliser) -> 
     if config.agent in ("q-learning", "sarsa"):
         target = q_learning if config.agent == "q-learning" else sarsa
         actions, tabular = config.actions(), TabularConfig(episodes=config.episodes)
+        if config.imitate:
+            tabular = replace(tabular, explore_from=TAUGHT)
         return TabularAgent(target, actions.size, actions.keep, tabular)
     from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
 
     decisions = config.task_list()[0].decisions
-    if config.agent == "ppo":
+    if config.agent in ("ppo", "imitation"):
         keep = config.actions().keep if config.view == "discrete" else None
         settings = PPOConfig(episodes=config.episodes, rate=config.rate, group=config.group)
         return PPOAgent(envs, decisions, normaliser, settings, keep)
@@ -150,11 +156,11 @@ def make_policy(
     last = rows[-max(1, len(rows) // 5) :]
     provenance = {
         "config": config.model_dump(mode="json"),
-        "data": {task.name: workload.load(task).fingerprint for task in tasks},
+        "data": {task.name: data_of(task).fingerprint for task in tasks},
         "episodes": sum(row["episodes"] for row in rows),
         "decisions": sum(row["decisions"] for row in rows),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "final_return": float(np.mean([row["return_mean"] for row in last])),
+        "final_return": float(np.mean([row["return_mean"] for row in last])) if last else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
         "threads": torch.get_num_threads(),
         "plan": asdict(plan),
@@ -228,7 +234,7 @@ def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
 
 def _made_with(config: TrainConfig) -> dict[str, str]:
     """What else decides the weights: code, libraries and data."""
-    data = {task.name: workload.load(task).fingerprint for task in config.task_list()}
+    data = {task.name: data_of(task).fingerprint for task in config.task_list()}
     libraries = {name: version(name) for name in ("torch", "transformers", "stable-baselines3")}
     return {"code": code_version("tuner.train")} | libraries | data
 

@@ -1,0 +1,118 @@
+"""A user's own Trainer as a Gymnasium environment."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from envs.env import FineTuneEnv
+from envs.errors import BadInput
+from envs.instruments import Rates
+from envs.job import Score
+from envs.knobs import Actions, Knobs, Shape
+from envs.task import Split, Task
+from envs.trainer_job import Setup, TrainerJob
+
+Factory = Callable[[int], Any]
+
+SHAPES: dict[str, Shape] = {"linear": "linear", "cosine": "cosine"}  # others count as constant
+
+
+def trainer_env(
+    trainer_factory: Factory,
+    *,
+    decisions: int = 10,
+    actions: Actions | None = None,
+    spread: float = 1.5,
+) -> FineTuneEnv:
+    """Any transformers or TRL Trainer, subclasses included, as a `FineTuneEnv`.
+
+    Id: ``gymnasium.make("Steersman/Trainer-v0", trainer_factory=factory)``. Observation, action,
+    reward and end are those of `FineTuneEnv`; an episode with *keep* alone is the factory's
+    ``trainer.train()`` bit for bit, at the rate that was drawn.
+
+    Arguments:
+        trainer_factory: a seed -> a Trainer that has not begun, with ``eval_dataset``. Its model,
+            its data and ``TrainingArguments(seed=...)`` should come of the seed.
+        decisions: how often to decide in a run.
+        actions: the action view.
+        spread: half-width, in decades, of the starting rate around the Trainer's own.
+
+    Raises:
+        BadInput: the Trainer has no evaluation data, or a schedule that cannot be scaled.
+    """
+    if not isinstance(decisions, int) or decisions < 1:
+        raise BadInput(f"environment: decisions: {decisions!r} is not a count; give 1 or more")
+    args, steps = _planned(trainer_factory)
+    task = Task(
+        dataset="trainer",
+        model="own",
+        objective="own",
+        steps=steps,
+        interval=min(steps, -(-steps // decisions)),
+        batch=args.per_device_train_batch_size,
+        rows=max(args.per_device_train_batch_size, 1000),
+    )
+    shape = SHAPES.get(str(getattr(args.lr_scheduler_type, "value", "")), "constant")
+    return FineTuneEnv(
+        task,
+        actions=actions,
+        spread=spread,
+        shape=shape,
+        center=args.learning_rate,
+        make_job=partial(TrainerJob, make=partial(_prepare, trainer_factory)),
+    )
+
+
+def _planned(factory: Factory) -> tuple[Any, int]:
+    """A Trainer's arguments and its number of updates; looked at before any episode."""
+    trainer = factory(0)
+    for name in ("args", "train", "training_step", "get_eval_dataloader"):
+        if not hasattr(trainer, name):
+            raise BadInput(
+                f"environment: trainer_factory: gave a {type(trainer).__name__} without {name!r}; "
+                "let it return a transformers Trainer"
+            )
+    if trainer.eval_dataset is None:
+        raise BadInput(
+            "environment: eval_dataset: the Trainer has none, so nothing says how good a run is; "
+            "give it one"
+        )
+    if trainer.model_init is not None:
+        raise BadInput(
+            "environment: model_init: the Trainer would make its model anew; make it in the "
+            "factory, from the seed"
+        )
+    planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    steps = int(planned[-1])
+    trainer.create_optimizer_and_scheduler(steps)
+    Rates(trainer.lr_scheduler)  # refuses one that cannot be scaled
+    return trainer.args, steps
+
+
+def _prepare(factory: Factory, task: Task, seed: int, knobs: Knobs) -> Setup:
+    trainer = factory(seed)
+    trainer.args.learning_rate = knobs.rate
+    trainer.args.logging_nan_inf_filter = False
+    classes = getattr(getattr(trainer.model, "config", None), "num_labels", None)
+    return Setup(trainer, score, len(trainer.train_dataset), classes or 2)
+
+
+def score(trainer: Any, split: Split) -> Score:
+    """A Trainer's own evaluation, without its callbacks: mean loss, and the first other metric.
+
+    An ``eval_dataset`` that is a dictionary has a dataset for each split, or one is all.
+    """
+    data = trainer.eval_dataset
+    if isinstance(data, dict):
+        data = data.get(split, next(iter(data.values())))
+    told = trainer.evaluation_loop(
+        trainer.get_eval_dataloader(data), "Evaluation", metric_key_prefix="eval"
+    ).metrics
+    if "eval_loss" not in told:
+        raise BadInput(
+            "trainer: eval_dataset: its rows give no loss; name the labels' columns in label_names"
+        )
+    timed = ("eval_loss", "eval_model_preparation_time")
+    others = [float(v) for k, v in told.items() if k not in timed and isinstance(v, int | float)]
+    loss = float(told["eval_loss"])
+    return Score(loss, others[0] if others else -loss)

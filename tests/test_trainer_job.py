@@ -1,0 +1,274 @@
+"""Any Trainer is a job: the plain run to the bit, halted where a decision is due."""
+
+import gc
+import math
+import weakref
+from types import SimpleNamespace
+
+import gymnasium
+import numpy as np
+import pytest
+import tiny
+import torch
+from gymnasium.utils.env_checker import check_env
+from job_conformance import SEED, STEPS, JobConformance
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from envs.errors import BadInput, RunFailed
+from envs.knobs import Knobs
+from envs.task import Task
+from envs.trainer_env import score, trainer_env
+from envs.trainer_job import Setup, TrainerJob
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+KEEP, TENTH = 3, 0
+ROWS = 48
+
+
+class Texts(Dataset):
+    """Rows of the tiny data set, tokenised."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tiny.write_data(tmp_path_factory.mktemp("own") / "words.csv", rows=ROWS + 40)
+    coded, rows = tiny.tokenizer(), []
+    for line in path.read_text().splitlines()[1:]:
+        text, label = line.split(",")
+        row = coded(text, padding="max_length", truncation=True, max_length=12)
+        rows.append({**dict(row), "labels": tiny.CLASSES.index(label)})
+    return SimpleNamespace(train=Texts(rows[:ROWS]), eval=Texts(rows[ROWS:]))
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory, texts):
+    """A seed -> a Trainer with dropout, as a user would write it."""
+    model = tiny.write_model(tmp_path_factory.mktemp("own") / "bert")
+    folder = tmp_path_factory.mktemp("out")
+
+    def make(seed, kind=Trainer, callbacks=(), eval_dataset=texts.eval, **changes):
+        torch.manual_seed(seed)
+        settings = {
+            "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2, "seed": seed, "report_to": "none", "save_strategy": "no",
+            "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no",
+        } | changes  # fmt: skip
+        return kind(
+            model=AutoModelForSequenceClassification.from_pretrained(model, num_labels=3),
+            args=TrainingArguments(**settings),
+            train_dataset=texts.train,
+            eval_dataset=eval_dataset,
+            callbacks=list(callbacks),
+        )
+
+    return make
+
+
+def opened(factory, seed=SEED, rate=1e-2, steps=STEPS, **changes):
+    """The same as `trainer_env` makes of a factory."""
+
+    def make(task, seed, knobs):
+        trainer = factory(seed, learning_rate=knobs.rate, **changes)
+        return Setup(trainer, score, ROWS, 3)
+
+    task = Task("trainer", objective="own", steps=steps, interval=4, batch=8, rows=ROWS)
+    return TrainerJob(task, seed, Knobs(rate), make=make)
+
+
+def weights(job):
+    return torch.cat([part.reshape(-1) for part in job.snapshot()])
+
+
+class TestTrainerJob(JobConformance):
+    @pytest.fixture(autouse=True)
+    def _factory(self, factory):
+        self.factory = factory
+
+    def open(self, seed=SEED, rate=JobConformance.RATE):
+        return opened(self.factory, seed, rate)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+     {"optim": "sgd"}, {"eval_strategy": "steps", "eval_steps": 5}],
+    ids=["plain", "accumulation", "cosine", "sgd", "evaluations"],
+)  # fmt: skip
+def test_left_alone_it_is_the_plain_run_to_the_bit(factory, changes):
+    """With evaluations and snapshots in between."""
+    job = opened(factory, **changes)
+    for _ in range(3):
+        job.evaluate("validation")
+        job.snapshot()
+        job.advance(4)
+    trainer = factory(SEED, **changes)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    assert torch.equal(weights(job), plain)
+
+
+def test_the_losses_are_those_of_the_updates(factory):
+    """Also where each update is of several micro-batches."""
+    seen = []
+
+    class Watched(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            seen.append(loss.item())
+            return loss
+
+    assert opened(factory, kind=Watched).advance(6).losses == pytest.approx(seen)
+    seen.clear()
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    losses = opened(factory, kind=Watched, **halves).advance(3).losses
+    pairs = np.asarray(seen).reshape(3, 2)
+    assert losses == pytest.approx(pairs.sum(1).tolist())  # each loss is of half an update's rows
+
+
+def test_the_schedule_is_the_trainers_own(factory):
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    job = opened(factory, rate=1e-2, callbacks=[Watch()])
+    job.advance(4)
+    job.apply(Knobs(2e-2))
+    report = job.advance(4)
+    shape = [1 - step / STEPS for step in range(9)]
+    assert rates == pytest.approx([1e-2 * x for x in shape[:4]] + [2e-2 * x for x in shape[4:8]])
+    assert report.factor == pytest.approx(shape[8])
+
+
+def test_what_the_trainer_raises_is_raised(factory):
+    class Broken(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise KeyError("no such column")
+            return super().compute_loss(*args, **kwargs)
+
+    job = opened(factory, kind=Broken)
+    job.advance(4)
+    with pytest.raises(KeyError, match="no such column"):
+        job.advance(4)
+
+
+def test_a_trainer_that_raises_for_broken_weights_has_diverged(factory):
+    """As sampling does: a distribution of NaN."""
+
+    class Sampler(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            torch.multinomial(loss.detach().exp().view(1, 1), 1)
+            return loss
+
+    job = opened(factory, kind=Sampler)
+    job.advance(4)
+    job.restore([torch.full_like(part, math.nan) for part in job.snapshot()])
+    reports = [job.advance(4), job.advance(4)]
+    assert [r.finite for r in reports] == [False, False]
+    assert [r.step for r in reports] == [8, 12]
+
+
+def test_a_trainer_that_stops_early_is_named(factory):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    job = opened(factory, callbacks=[Stop()])
+    job.advance(4)
+    with pytest.raises(RunFailed, match="stopped by itself at update 6 of 12"):
+        job.advance(4)
+
+
+def test_a_dropped_job_ends_its_loop_and_is_freed(factory):
+    """In the middle of an update's preparation, with the Trainer's own clean-up."""
+    left = []
+
+    class Tidy(Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            try:
+                return super()._inner_training_loop(*args, **kwargs)
+            finally:
+                left.append(self.state.global_step)
+
+    for close in (True, False):
+        job = opened(factory, kind=Tidy)
+        job.advance(4)
+        model = weakref.ref(job._model)
+        if close:
+            job.close()
+            assert left == [4]
+        del job
+        gc.collect()
+        assert model() is None
+    assert left == [4, 4]
+
+
+# -- the environment of a user's own Trainer ---------------------------------------------------
+
+
+def test_the_registered_environment_passes_the_checker(factory):
+    env = gymnasium.make("Steersman/Trainer-v0", trainer_factory=factory, decisions=3)
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_an_episode_of_keep_is_the_users_own_run(factory):
+    env = trainer_env(factory, decisions=3, spread=0.0)
+    env.reset(seed=0)
+    over, rewards = False, []
+    while not over:
+        _, reward, over, truncated, info = env.step(KEEP)
+        assert not truncated
+        rewards.append(reward)
+    assert info["step"] == STEPS
+    assert info["rate"] == pytest.approx(1e-2)
+    job = env._job
+    trainer = factory(job._setup.trainer.args.seed)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    assert torch.equal(weights(job), plain)
+    assert info["validation"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+    env.reset(seed=1)
+    env.step(TENTH)
+    env.reset()  # in the middle
+    assert env.step(KEEP)[4]["step"] == 4
+
+
+def test_what_cannot_be_an_environment_is_refused(factory):
+    with pytest.raises(BadInput, match="eval_dataset: the Trainer has none"):
+        trainer_env(lambda seed: factory(seed, eval_dataset=None))
+    with pytest.raises(BadInput, match="gave a NoneType without 'args'"):
+        trainer_env(lambda seed: None)
+    with pytest.raises(BadInput, match="decisions: 0 is not a count"):
+        trainer_env(factory, decisions=0)
+
+    def initialised(seed):
+        trainer = factory(seed)
+        trainer.model_init = lambda: trainer.model
+        return trainer
+
+    with pytest.raises(BadInput, match="model_init"):
+        trainer_env(initialised)
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
+    with pytest.raises(BadInput, match="lr_scheduler_type: ReduceLROnPlateau cannot be scaled"):
+        trainer_env(lambda seed: factory(seed, **plateau))
