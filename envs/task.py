@@ -181,8 +181,7 @@ def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task
     """A random relative of a task: class subset, rows and label noise; of a Trainer's, rows.
 
     classes: those to choose from; the task's own, if it names some. Batch size and horizon stay:
-    environments that share them can be computed together (see `reshape`). Other objectives than
-    classification have neither classes nor noise.
+    environments that share them can be computed together (see `reshape`).
     """
     if task.objective != "classification":
         return replace(task, rows=int(rng.choice([200, 500, 1000, 2000])))
