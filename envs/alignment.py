@@ -32,7 +32,7 @@ from envs.setups import (
     silent,
     tokenizer_of,
 )
-from envs.supervised import judge_tokens, perplexity
+from envs.supervised import judge_tokens, likelihood
 from envs.task import Split, Task
 from envs.trainer_job import Setup
 
@@ -164,7 +164,7 @@ def kto(task: Task, seed: int, knobs: Knobs) -> Setup:
 def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
     """Replies to statements, learned from demonstrations; the statement itself is not learned.
 
-    Cost: mean nats a token of the replies. Metric: minus the perplexity.
+    Cost: mean nats a token of the replies. Metric: one over the perplexity.
     """
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -213,7 +213,7 @@ def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
 
     def score(trainer: Any, split: Split) -> Score:
         nats, _ = judge_tokens(trainer.model, ready[split], shift=True)
-        return Score(nats, -perplexity(nats))
+        return Score(nats, likelihood(nats))
 
     return Setup(silent(trainer), score, len(rows["train"]))
 

@@ -4,7 +4,7 @@ import functools
 import gc
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,13 +32,15 @@ class Setup:
 
     score: the Trainer and a split -> a cost that is never negative (nats for a likelihood), and
     the metric, higher is better. It may leave the model in evaluation mode and use up random
-    numbers: the job guards both.
+    numbers: the job guards both. marks: where a model writes, what the field gives its texts, by
+    name; slow, and of no use to a comparison of models that can hardly write.
     """
 
     trainer: Any
     score: Callable[[Any, Split], Score]
     rows: int  # of the training split
     classes: int = 2
+    marks: Callable[[Any, Split], Mapping[str, float]] | None = None
 
 
 Make = Callable[[Task, int, Knobs], Setup]

@@ -228,6 +228,21 @@ def test_what_can_be_read_off_one_word_is_learned(objective, metric, rate, task_
     assert setup.score(setup.trainer, "validation").metric > metric
 
 
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [("causal", {"chrF", "distinct-2"}), ("translation", {"chrF", "BLEU"}),
+     ("headlines", {"ROUGE-L"})],
+)  # fmt: skip
+def test_what_a_model_writes_has_marks(objective, names, task_of):
+    """In the fields' own ranges; and a comparison goes by the likelihood, one over perplexity."""
+    setup = trained(task_of(objective, steps=2), rate=1e-3)
+    marks = setup.marks(setup.trainer, "test")
+    assert set(marks) == names
+    assert all(0 <= mark <= 100 for mark in marks.values())
+    cost, metric = setup.score(setup.trainer, "test")
+    assert metric == pytest.approx(np.exp(-cost))
+
+
 def test_the_arguments_are_those_of_the_knobs(task_of):
     task = task_of("regression", steps=10)
     knobs = Knobs(3e-4, "constant", 0.2, "sgd", weight_decay=0.1, clip=0.5)
