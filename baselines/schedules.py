@@ -117,7 +117,7 @@ STATIC: dict[str, type[Method]] = {
 
 def reference(task: Task, optimizer: Optimizer = "adamw") -> float:
     """The rule-of-thumb rate for a task's model: starting rates are drawn around it."""
-    return reference_rate(workload.parameters(task.model), optimizer, task.adapter)
+    return reference_rate(workload.parameters(task.model), optimizer, task.adapter, task.objective)
 
 
 def grid(

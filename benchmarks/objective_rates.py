@@ -52,7 +52,7 @@ def size_of(task: Task) -> int:
 def figures(task: Task, seeds: range) -> dict[str, Any]:
     """All rates of one task, means over seeds."""
     size = size_of(task)
-    ruler = reference_rate(size, "adamw", task.adapter)
+    ruler = reference_rate(size, "adamw", task.adapter, task.objective)
     found = [[run(task, seed, ruler * m) for seed in seeds] for m in MULTIPLES]
 
     def mean(name: str) -> dict[str, float]:

@@ -200,7 +200,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
             shape = LIKELY[int(rng.integers(len(LIKELY)))]
         exponent = rng.uniform(-self._spread, self._spread)
         ruler = self._center or reference_rate(
-            workload.parameters(task.model), optimizer, task.adapter
+            workload.parameters(task.model), optimizer, task.adapter, task.objective
         )
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)

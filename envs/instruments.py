@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from envs import probe
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.knobs import PREFERENCES
 from envs.processes import total, world
 from envs.shards import local, reshard, sharded
 from envs.snapshot import Snapshot
@@ -341,6 +342,17 @@ def read_weights(path: Path, step: int, eyes: Eyes) -> tuple[Tensor | None, Snap
     shapes = [None if weight is None else weight.shape for weight in weights]
     fit = shapes == [parameter.shape for parameter in eyes.parameters]
     return tensors.get("gradient"), [w for w in weights if w is not None] if fit else None
+
+
+def objective_of(args: Any) -> str:
+    """What a Trainer's arguments say of its objective, as in `envs.task.Objective`.
+
+    TRL's preference trainers are told by the name of their configuration, a subclass's by its
+    bases'; anything else counts as "classification", whose rates serve for likelihoods too.
+    """
+    names = {kind.__name__ for kind in type(args).__mro__}
+    known = (name for name in PREFERENCES if f"{name}config" in map(str.lower, names))
+    return next(known, "classification")
 
 
 def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> dict[str, Any]:

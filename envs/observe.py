@@ -251,7 +251,9 @@ def look(history: Sequence[Progress]) -> Reports:
 
 def frame(context: Context) -> Contexts:
     """The context of one run, n = 1, as `features` reads it."""
-    ruler = reference_rate(context.parameters, context.optimizer, context.adapter)
+    ruler = reference_rate(
+        context.parameters, context.optimizer, context.adapter, context.objective
+    )
     given = (context.total, context.decisions, context.start_rate, ruler)
     kind = OPTIMIZERS.index(context.optimizer) if context.optimizer in OPTIMIZERS else -1
     job = fixed(

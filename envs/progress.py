@@ -18,6 +18,7 @@ class Context:
     adapter: str
     optimizer: str
     start_rate: float
+    objective: str = "classification"  # as in `envs.task.Objective`
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class TrainerJob:
             decisions=task.decisions,
             optimizer=self._knobs.optimizer,
             start_rate=self._start_rate,
+            objective=task.objective,
             **found,
         )
         self._switch = isinstance(trainer.optimizer, SwitchableOptimizer)

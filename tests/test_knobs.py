@@ -248,3 +248,11 @@ def test_relatives_keep_the_decisions_and_the_chosen_classes(seed):
     assert set(relative.classes) <= set(task.classes)
     assert len(relative.classes) >= 2
     assert relative.steps == relative.interval * relative.decisions
+
+
+def test_preferences_take_a_lower_rate():
+    plain = reference_rate(10**6, "adamw", "full")
+    for name in ("classification", "causal", "grpo"):
+        assert reference_rate(10**6, "adamw", "full", name) == plain
+    for name in ("reward", "dpo", "kto"):
+        assert reference_rate(10**6, "adamw", "full", name) == pytest.approx(0.3 * plain)

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from envs.errors import BadInput
+from envs.instruments import objective_of
 from envs.knobs import Actions
 from envs.observe import FEATURES
 from tuner.callback import LOG, TunerCallback
@@ -292,3 +293,15 @@ def test_a_policy_that_needs_validation_losses_gets_them_of_the_trainer(words, t
     trainer.train()
     lines = (tmp_path / "b" / LOG).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 6]
+
+
+def test_a_preference_trainer_is_told_by_its_configuration(tmp_path):
+    class Own(trl.DPOConfig):
+        """As a user may write it."""
+
+    names = {"dpo": trl.DPOConfig, "reward": trl.RewardConfig, "kto": trl.KTOConfig,
+             "classification": trl.SFTConfig}  # fmt: skip
+    for objective, config in names.items():
+        args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        assert objective_of(args) == objective
+    assert objective_of(Own(output_dir=str(tmp_path), use_cpu=True, bf16=False)) == "dpo"

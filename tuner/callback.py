@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 from envs import probe
 from envs.errors import BadInput, SteersmanError
 from envs.handles import Handles
-from envs.instruments import Eyes, Rates, Slice, describe, read_weights, write_weights
+from envs.instruments import Eyes, Rates, Slice, describe, objective_of, read_weights, write_weights
 from envs.job import finite
 from envs.knobs import Decision, Knobs
 from envs.processes import rank, world
@@ -177,6 +177,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             decisions=math.ceil(self._total / self._interval),
             optimizer=self._knobs.optimizer,
             start_rate=self._rates.start,
+            objective=objective_of(args),
             **describe(model, self._loader, self._classes, self._total * _batch(args)),
         )
         self._rank = rank()
