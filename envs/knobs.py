@@ -99,8 +99,8 @@ def reference_rate(
     """A plausible peak rate for a model of that size; only a ruler for the observation.
 
     AdamW's falls as the model grows: 7e-3 at 200 thousand parameters, 2e-3 at a million (the
-    best of half-decade sweeps on this project's tasks), about 8e-6 at 7 billion. Preferences over-fit
-    sooner: 0.3 of it was best on models of width 64, of 0.03, 0.1, 0.3 and 1 (two seeds).
+    best of half-decade sweeps on this project's tasks), about 8e-6 at 7 billion. Preferences
+    over-fit sooner: 0.3 of it was best on models of width 64, of 0.03, 0.1, 0.3 and 1 (two seeds).
     """
     rate = 7e-3 * (max(parameters, 1) / 2e5) ** -0.65
     if adapter == "lora":
