@@ -27,7 +27,7 @@ from envs.knobs import (
 )
 from envs.observe import mean_loss, observe, space
 from envs.progress import Context, Progress
-from envs.reward import CEILING, PENALTY, gain, potential
+from envs.reward import CEILING, crash, gain
 from envs.start import data_of, open_job
 from envs.task import Task, find, vary
 
@@ -171,7 +171,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
             if seen < self._best:
                 self._best, self._snapshot = seen, job.snapshot()
         else:
-            reward = -CEILING - potential(before, self._first) - PENALTY
+            reward = crash(before, self._first)
         self._over = reason is not None or job.step >= job.task.steps
         return self._observe(), reward, self._over, False, self._info(score.metric, reason)
 

@@ -1,16 +1,18 @@
 """A user's own Trainer as a Gymnasium environment."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
+from envs.gauge import Gauge
 from envs.instruments import Rates
 from envs.job import Score
-from envs.knobs import Actions, Knobs, Shape
+from envs.knobs import Actions, Knobs, Optimizer, Shape
 from envs.task import Split, Task
-from envs.trainer_job import Setup, TrainerJob
+from envs.trainer_job import Setup, TrainerJob, in_force
 
 Factory = Callable[[int], Any]
 
@@ -42,7 +44,7 @@ def trainer_env(
     """
     if not isinstance(decisions, int) or decisions < 1:
         raise BadInput(f"environment: decisions: {decisions!r} is not a count; give 1 or more")
-    args, steps = _planned(trainer_factory)
+    args, steps, rate, kind = _planned(trainer_factory)
     task = Task(
         dataset="trainer",
         model="own",
@@ -58,13 +60,14 @@ def trainer_env(
         actions=actions,
         spread=spread,
         shape=shape,
-        center=args.learning_rate,
+        center=rate,
+        optimizers=(kind,),
         make_job=partial(TrainerJob, make=partial(_prepare, trainer_factory)),
     )
 
 
-def _planned(factory: Factory) -> tuple[Any, int]:
-    """A Trainer's arguments and its number of updates; looked at before any episode."""
+def _planned(factory: Factory) -> tuple[Any, int, float, Optimizer]:
+    """A Trainer's arguments, updates, peak rate and optimizer; looked at before any episode."""
     trainer = factory(0)
     for name in ("args", "train", "training_step", "get_eval_dataloader"):
         if not hasattr(trainer, name):
@@ -84,9 +87,9 @@ def _planned(factory: Factory) -> tuple[Any, int]:
         )
     planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     steps = int(planned[-1])
+    kind = in_force(trainer, Knobs()).optimizer
     trainer.create_optimizer_and_scheduler(steps)
-    Rates(trainer.lr_scheduler)  # refuses one that cannot be scaled
-    return trainer.args, steps
+    return trainer.args, steps, Rates(trainer.lr_scheduler).start, kind
 
 
 def _prepare(factory: Factory, task: Task, seed: int, knobs: Knobs) -> Setup:
@@ -94,13 +97,15 @@ def _prepare(factory: Factory, task: Task, seed: int, knobs: Knobs) -> Setup:
     trainer.args.learning_rate = knobs.rate
     trainer.args.logging_nan_inf_filter = False
     classes = getattr(getattr(trainer.model, "config", None), "num_labels", None)
-    return Setup(trainer, score, len(trainer.train_dataset), classes or 2)
+    judge = partial(score, gauge=Gauge())
+    return Setup(trainer, judge, len(trainer.train_dataset), classes or 2)
 
 
-def score(trainer: Any, split: Split) -> Score:
+def score(trainer: Any, split: Split, gauge: Gauge | None = None) -> Score:
     """A Trainer's own evaluation, without its callbacks: mean loss, and the first other metric.
 
-    An ``eval_dataset`` that is a dictionary has a dataset for each split, or one is all.
+    An ``eval_dataset`` that is a dictionary has a dataset for each split, or one is all. Of a
+    Trainer that learns by reward, the cost that the gauge makes of the mean reward, and that.
     """
     data = trainer.eval_dataset
     if isinstance(data, dict):
@@ -108,6 +113,10 @@ def score(trainer: Any, split: Split) -> Score:
     told = trainer.evaluation_loop(
         trainer.get_eval_dataloader(data), "Evaluation", metric_key_prefix="eval"
     ).metrics
+    if hasattr(trainer, "reward_funcs"):
+        reward = _reward(trainer)
+        cost = (gauge or Gauge()).cost({"reward": reward})
+        return Score(math.nan if cost is None else cost, reward)
     if "eval_loss" not in told:
         raise BadInput(
             "trainer: eval_dataset: its rows give no loss; name the labels' columns in label_names"
@@ -115,4 +124,22 @@ def score(trainer: Any, split: Split) -> Score:
     timed = ("eval_loss", "eval_model_preparation_time")
     others = [float(v) for k, v in told.items() if k not in timed and isinstance(v, int | float)]
     loss = float(told["eval_loss"])
+    if loss < 0:
+        raise BadInput(
+            f"trainer: eval_loss: {loss:.4g} is negative, and a tuner needs a cost that is not; "
+            "add what makes it so"
+        )
     return Score(loss, others[0] if others else -loss)
+
+
+def _reward(trainer: Any) -> float:
+    """The mean reward of the evaluation just made: TRL keeps it for its next line of the log."""
+    kept = getattr(trainer, "_metrics", {}).get("eval", {})
+    rewards = list(kept.get("reward", ()))
+    kept.clear()
+    if not rewards:
+        raise BadInput(
+            f"trainer: {type(trainer).__name__} tells no reward of its evaluation; "
+            "use TRL's GRPOTrainer or RLOOTrainer"
+        )
+    return float(sum(rewards) / len(rewards))

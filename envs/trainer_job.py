@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import greenlet
@@ -16,10 +16,11 @@ from transformers import TrainerCallback
 
 from envs import probe
 from envs.errors import BadInput, RunFailed
-from envs.handles import Handles
-from envs.instruments import Eyes, Rates, describe
+from envs.gauge import Gauge
+from envs.handles import KINDS, Handles
+from envs.instruments import Eyes, Rates, describe, objective_of
 from envs.job import Score, finite, spread
-from envs.knobs import Actions, Knobs
+from envs.knobs import Actions, Knobs, Optimizer
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from envs.switchable import SwitchableOptimizer
@@ -45,6 +46,8 @@ class Setup:
 
 Make = Callable[[Task, int, Knobs], Setup]
 
+_OPTIMIZERS: dict[str, Optimizer] = {"sgd": "sgd", "rmsprop": "rmsprop"}  # of others, "adamw"
+
 
 class TrainerJob:
     """A Trainer whose own loop runs, an interval at a time.
@@ -67,7 +70,7 @@ class TrainerJob:
         with self._world.lent():
             self._setup = make(task, seed, self._knobs)
         trainer = self._setup.trainer
-        self._knobs = _in_force(trainer, self._knobs)
+        self._knobs = in_force(trainer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         if not self._parameters:
@@ -78,7 +81,7 @@ class TrainerJob:
             decisions=task.decisions,
             optimizer=self._knobs.optimizer,
             start_rate=self._start_rate,
-            objective=task.objective,
+            objective=objective_of(trainer.args) if task.objective == "own" else task.objective,
             **found,
         )
         self._switch = isinstance(trainer.optimizer, SwitchableOptimizer)
@@ -106,14 +109,15 @@ class TrainerJob:
         """Let the Trainer make ``steps`` updates.
 
         What a Trainer raises when its weights are no longer finite, as generation does, counts as
-        divergence, and the loop has ended; anything else it raises is raised here.
+        divergence. Its loop has ended then: the losses of all further updates are NaN, also after
+        a restore. Anything else it raises is raised here.
         """
         pace = self._pace
         pace.until, pace.knobs = pace.step + steps, self._knobs
         if not self._lost:
             self._run()
         left = pace.until - pace.step
-        if left and finite(self._parameters):
+        if left and not self._lost and finite(self._parameters):
             raise RunFailed(
                 f"trainer: stopped by itself at update {self.step} of {self.task.steps}; take off "
                 "the callbacks that stop it early, or plan fewer steps"
@@ -190,11 +194,17 @@ class TrainerJob:
                 self._loop.throw()
 
 
-def _in_force(trainer: Any, knobs: Knobs) -> Knobs:
-    """The knobs with the settings that are the Trainer's own."""
-    args, beta = trainer.args, getattr(trainer, "beta", None)
-    return knobs.having(
-        weight_decay=min(max(float(args.weight_decay), 0.0), 1.0),
+def in_force(trainer: Any, knobs: Knobs) -> Knobs:
+    """The knobs with the settings that are the Trainer's own, or its optimizer's if it has one."""
+    args, beta, optimizer = trainer.args, getattr(trainer, "beta", None), trainer.optimizer
+    kind, decay = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim))), args.weight_decay
+    if optimizer is not None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        own = inner.kind if isinstance(inner, SwitchableOptimizer) else None
+        kind = own or KINDS.get(type(inner).__name__)
+        decay = max(group.get("weight_decay") or 0.0 for group in optimizer.param_groups)
+    return replace(knobs, optimizer=kind or "adamw").having(
+        weight_decay=min(max(float(decay), 0.0), 1.0),
         clip=min(max(float(args.max_grad_norm or 0.0), 0.0), 1e6),
         beta=float(beta) if isinstance(beta, int | float) and beta > 0 else None,
     )
@@ -211,33 +221,38 @@ class _Pace(TrainerCallback):
         self._trainer = trainer
         self.factor = 1.0
         self.probe = probe.Probe()
-        self._parts: list[torch.Tensor] = []
-        self._losses: list[torch.Tensor] = []
+        self._rewarded, self._gauge = hasattr(trainer, "reward_funcs"), Gauge()
         train = trainer.training_step
 
         @functools.wraps(train)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            """Its result is the update's loss, whoever computes it; of micro-batches, a share."""
+            """Its result is the update's loss where the model's output has none."""
             loss = train(*args, **kwargs)
-            self._parts.append(loss.detach())
+            if not self._rewarded:
+                self._eyes.see_step(loss)
             return loss
 
         trainer.training_step = watched
 
     def fetch(self) -> list[float]:
-        """The losses of the updates since the last call; one transfer from the device."""
-        losses, self._losses = self._losses, []
-        return torch.stack(losses).tolist() if losses else []
+        """The losses of the updates since the last call; one transfer from the device.
+
+        Of a Trainer that learns by reward one cost, of what the last updates were rewarded: there
+        the loss is no measure.
+        """
+        losses, self._eyes.losses = self._eyes.fetch(), []
+        return losses
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take hold of what the Trainer has made by now."""
         self._rates = Rates(kwargs["lr_scheduler"])
-        self._eyes = Eyes(kwargs["model"], 1)
+        averaged = args.average_tokens_across_devices
+        self._eyes = Eyes(kwargs["model"], args.gradient_accumulation_steps, averaged)
         self._optimizer = kwargs["optimizer"]
         self._handles = Handles(
             args, kwargs["model"], self._optimizer, self._rates.start, Actions()
         )
-        self._put = _in_force(self._trainer, self._handles.given)
+        self._put = in_force(self._trainer, self._handles.given)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Halt if a decision is due, and go on with what was decided."""
@@ -266,11 +281,19 @@ class _Pace(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the update; the gradients need no more watching at an interval's end."""
-        self._losses.append(functools.reduce(torch.add, self._parts))
-        self._parts, self._eyes.losses = [], []
+        self._eyes.end_update()
+        if self._rewarded:
+            self._eyes.losses = []
         self.step, self.factor = state.global_step, self._rates.factor
         if self.step == self.until:
             self._eyes.rest()
+            control.should_log = control.should_log or self._rewarded
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A reward is known from the log alone."""
+        logs = kwargs.get("logs") or {}
+        if "reward" in logs and (cost := self._gauge.cost(logs)) is not None:
+            self._eyes.losses = [cost]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off the model."""

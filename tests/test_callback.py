@@ -28,6 +28,7 @@ import tuner.callback
 from envs import shards, workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
+from envs.gauge import Gauge
 from envs.job import batches, spread
 from envs.knobs import Actions
 from envs.observe import FEATURES, SIZE
@@ -35,7 +36,6 @@ from envs.task import Task
 from tuner import policy as artifacts
 from tuner.audit import replay
 from tuner.callback import LOG, TunerCallback
-from tuner.gauge import Gauge
 
 KEEP, ROLLBACK, TENTH, TENFOLD = 3, 7, 0, 6
 STEPS, BATCH, EVERY = 30, 8, 3

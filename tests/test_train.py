@@ -267,6 +267,9 @@ def test_imitation_alone_is_a_policy_like_any_other(config, tmp_path):
         seen[PLACES["rate_vs_reference"]] = decades
         chosen.append(taught.manifest.actions.label(taught.act(seen)))
     assert chosen == ["x10", "keep", "x0.03"]
+    assert (tmp_path / "taught" / "train.jsonl").read_text() == ""
+    with pytest.raises(BadInput, match="another configuration"):
+        train(config(agent="imitation"), tmp_path / "taught")
     begun = train(config(imitate=True, iterations=1, rate=1e-9, **actions), tmp_path / "begun")
     for name, array in taught.arrays.items():
         assert np.allclose(array, begun.arrays[name], atol=1e-5), name

@@ -15,13 +15,16 @@ from gymnasium.utils.env_checker import check_env
 from job_conformance import SEED, STEPS, JobConformance
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 from transformers.utils import logging
 
+from envs import catalog
 from envs.errors import BadInput, RunFailed
 from envs.knobs import Knobs
 from envs.switchable import SwitchableOptimizer
@@ -142,7 +145,7 @@ def test_the_losses_are_those_of_the_updates(factory):
     halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     losses = opened(factory, kind=Watched, **halves).advance(3).losses
     pairs = np.asarray(seen).reshape(3, 2)
-    assert losses == pytest.approx(pairs.sum(1).tolist())  # each loss is of half an update's rows
+    assert losses == pytest.approx(pairs.mean(1).tolist())  # of BERT each is a mean of its own rows
 
 
 def test_the_schedule_is_the_trainers_own(factory):
@@ -219,15 +222,21 @@ def test_a_trainer_that_raises_for_broken_weights_has_diverged(factory):
     class Sampler(Trainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            torch.multinomial(loss.detach().exp().view(1, 1), 1)
+            if torch.is_tensor(loss):  # in training
+                torch.multinomial(loss.detach().exp().view(1, 1), 1)
             return loss
 
     job = opened(factory, kind=Sampler)
     job.advance(4)
-    job.restore([torch.full_like(part, math.nan) for part in job.snapshot()])
-    reports = [job.advance(4), job.advance(4)]
-    assert [r.finite for r in reports] == [False, False]
+    good = job.snapshot()
+    job.restore([torch.full_like(part, math.nan) for part in good])
+    reports = [job.advance(4)]
+    job.restore(good)  # the weights are back, the loop is not
+    assert math.isfinite(job.evaluate("validation").loss)
+    reports.append(job.advance(4))
+    assert [r.finite for r in reports] == [False, True]
     assert [r.step for r in reports] == [8, 12]
+    assert all(math.isnan(loss) for r in reports for loss in r.losses)
 
 
 def test_a_trainer_that_stops_early_is_named(factory):
@@ -293,6 +302,65 @@ def test_an_episode_of_keep_is_the_users_own_run(factory):
     env.step(TENTH)
     env.reset()  # in the middle
     assert env.step(KEEP)[4]["step"] == 4
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_an_optimizer_of_the_users_own_is_left_as_it_is(factory, kind):
+    """Its rate is the centre, its decay the run's, and left alone the run is the plain one."""
+
+    def own(seed):
+        trainer = factory(seed, lr_scheduler_type="constant")
+        make = torch.optim.AdamW if kind == "adamw" else SwitchableOptimizer
+        more = {} if kind == "adamw" else {"kind": "sgd"}
+        trainer.optimizer = make(trainer.model.parameters(), lr=5e-2, weight_decay=0.1, **more)
+        return trainer
+
+    env = trainer_env(own, decisions=3, spread=0.0)
+    env.reset(seed=0)
+    for _ in range(3):
+        info = env.step(KEEP)[4]
+    assert info["rate"] == pytest.approx(5e-2)
+    assert info["optimizer"] == env.context.optimizer == kind
+    assert env._job.knobs.weight_decay == 0.1
+    trainer = own(env._job._setup.trainer.args.seed)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    assert torch.equal(weights(env._job), plain)
+
+
+def test_a_trainer_that_learns_by_reward_is_judged_by_it(tmp_path):
+    """The loss of GRPO is about 0 and may be negative: one less the reward is the cost."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    path = catalog.model_path("tiny-gpt-32")
+    prompts = datasets.Dataset.from_dict({"prompt": ["a king", "the sea", "my house", "a word"]})
+
+    def vowels(completions, **_):
+        return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+    def make(seed):
+        torch.manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        args = trl.GRPOConfig(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, seed=seed,
+            num_generations=4, max_completion_length=6, learning_rate=1e-3, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+            per_device_eval_batch_size=4, activation_checkpointing=False,
+        )  # fmt: skip
+        return trl.GRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(path), vowels, args, prompts, prompts,
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+    env = trainer_env(make, decisions=2, spread=0.0)
+    env.reset(seed=0)
+    for done in (False, True):
+        info = env.step(KEEP)[2:]
+        assert info[0] is done
+        assert info[2]["reason"] is None
+        assert 0 < info[2]["metric"] < 1
+        assert info[2]["validation"] == pytest.approx(1 - info[2]["metric"])
+    assert [len(report.losses) for report in env.history] == [0, 1, 1]
+    assert all(0 < loss <= 1 for report in env.history for loss in report.losses)
 
 
 def test_what_cannot_be_an_environment_is_refused(factory):

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from envs import probe
 from envs.errors import BadInput, SteersmanError
+from envs.gauge import Gauge
 from envs.handles import Handles
 from envs.instruments import Eyes, Rates, Slice, describe, objective_of, read_weights, write_weights
 from envs.job import finite
@@ -21,7 +22,6 @@ from envs.processes import rank, world
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from tuner.audit import Pilot
-from tuner.gauge import Gauge
 from tuner.guard import alarm, limits_of
 from tuner.logbook import Logbook
 from tuner.processes import Order, share

@@ -82,6 +82,8 @@ def train(
             _save_checkpoint(out, config, plan, agent, real, normaliser, rows)
             if on_iteration is not None:
                 on_iteration(done(config, rows), rows[-1])
+        if not rows:  # taught alone
+            _save_checkpoint(out, config, plan, agent, real, normaliser, rows)
         result = make_policy(config, plan, agent, real, normaliser, rows)
     policy.save(result, out / "policy.safetensors")
     return policy.load(out / "policy.safetensors")
