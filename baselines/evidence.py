@@ -87,14 +87,15 @@ def jobs(table: Table, name: str) -> dict[str, Any]:
     for task in sorted({cell[0] for cell in table[name]}):
         chance = _chance(table, name, report.REFERENCE, task) if report.REFERENCE in table else None
         if chance is not None:
-            means = (
-                float(
-                    np.nanmean([report.score_of(o) for c, o in table[who].items() if c[0] == task])
-                )
-                for who in (report.REFERENCE, name)
-            )
+            means = (_mean(report.scores_of(table[n], task)[0]) for n in (report.REFERENCE, name))
             found[task] = dict(zip(("own", "steered"), means, strict=True)) | {"chance": chance}
     return found
+
+
+def _mean(scores: stats.Array) -> float:
+    """Of the runs that did not fail; NaN if all did."""
+    known = scores[np.isfinite(scores)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _harm(table: Table, name: str) -> dict[str, Any] | None:

@@ -26,8 +26,11 @@ def test_suites_are_valid_comparisons_of_held_out_tasks(name, scale):
     config = suite.config(scale)
     assert CompareConfig.model_validate(config.model_dump()) == config
     jobs = config.jobs(config.tasks)
-    assert {job.role for job in jobs} == {"held-out"}
-    assert len({job.dataset for job in jobs}) == len(HELD_OUT)
+    if name.startswith("objectives"):  # of which the shipped policy has seen none
+        assert "classification" not in {job.objective for job in jobs}
+    else:
+        assert {job.role for job in jobs} == {"held-out"}
+        assert len({job.dataset for job in jobs}) == len(HELD_OUT)
     assert set(config.methods) <= set(KNOWN)
     assert "keep" in config.methods, "harm is told against it"
     assert config.seeds == config.search_seeds or set(config.methods) <= {"keep", "keep-again"}

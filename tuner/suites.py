@@ -176,7 +176,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                     tasks=tuple(OBJECTIVE_TASKS),
                     methods=("keep", "tpe"),
                     seeds=3,
-                    search_seeds=2,
+                    search_seeds=3,
                     runs=8,
                     offsets=(-1.0, 1.0),
                 ),
