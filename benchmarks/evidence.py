@@ -155,8 +155,10 @@ def by_job(suite: Suite) -> str:
     """The tuner against the user's own schedule, job by job."""
     name = policy(suite)
     found = suite["figures"]["judged"][name]["jobs"] if name else {}
-    told = [(job, *(f"{percent(of[who])} %" for who in ("own", "steered")), spread(of["chance"]))
-            for job, of in found.items()]  # fmt: skip
+    told = []
+    for job, of in found.items():
+        means = ("–" if of[who] is None else f"{percent(of[who])} %" for who in ("own", "steered"))
+        told.append((job, *means, spread(of["chance"])))
     head = ("job", "`keep`, mean", f"{name}, mean", "steered is better")
     return f"Job by job, from the same misjudged rates:\n\n{table(head, told)}" if told else ""
 
