@@ -298,9 +298,8 @@ def kindness(completions: Sequence[str], **_: Any) -> list[float]:
 def _lexicon(least: int = 5) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for row in texts.ratings()["train"]:
-        mean = sum(row.scores) / len(row.scores)
         for word in set(re.findall(r"\w+", plain_key(row.text))):
-            sums.setdefault(word, []).append(mean)
+            sums.setdefault(word, []).append(row.mean)
     return {word: sum(all_) / len(all_) for word, all_ in sums.items() if len(all_) >= least}
 
 
