@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def dpo(task: Task, seed: int, knobs: Knobs) -> Setup:
             train_dataset=_table(rows["train"]),
             processing_class=tokenizer,
         )
-    judge = _Judge(tokenizer, rows)
+    judge = _Judge(tokenizer, rows, task.max_length)
 
     def score(trainer: Any, split: Split) -> Score:
         chosen, rejected, _ = judge.ratios(trainer, split)
@@ -146,7 +147,7 @@ def kto(task: Task, seed: int, knobs: Knobs) -> Setup:
             train_dataset=_table([single[index] for index in order]),
             processing_class=tokenizer,
         )
-    judge = _Judge(tokenizer, rows)
+    judge = _Judge(tokenizer, rows, task.max_length)
 
     def score(trainer: Any, split: Split) -> Score:
         chosen, rejected, crossed = judge.ratios(trainer, split, crossed=True)
@@ -173,14 +174,13 @@ def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
     end = tokenizer.eos_token or ""
     rows: dict[Split, list[dict[str, Any]]] = {}
     for split, part in examples.load(task).rows.items():
-        prompts = coded(tokenizer, _prompts(tokenizer, task, [r.statement for r in part]), 10**6)
-        replies = coded(tokenizer, [row.reply + end for row in part], task.max_length)
+        prompts = _prompts(tokenizer, task, [row.statement for row in part])
         rows[split] = [
             {
                 "input_ids": (prompt + reply)[: task.max_length],
                 "completion_mask": ([0] * len(prompt) + [1] * len(reply))[: task.max_length],
             }
-            for prompt, reply in zip(prompts, replies, strict=True)
+            for prompt, reply in _answered(tokenizer, prompts, [row.reply + end for row in part])
         ]
     model = model_of(task, seed, AutoModelForCausalLM)
     with quiet(seed):
@@ -298,9 +298,8 @@ def kindness(completions: Sequence[str], **_: Any) -> list[float]:
 def _lexicon(least: int = 5) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for row in texts.ratings()["train"]:
-        mean = sum(row.scores) / len(row.scores)
         for word in set(re.findall(r"\w+", plain_key(row.text))):
-            sums.setdefault(word, []).append(mean)
+            sums.setdefault(word, []).append(row.mean)
     return {word: sum(all_) / len(all_) for word, all_ in sums.items() if len(all_) >= least}
 
 
@@ -367,6 +366,24 @@ def _cut(tokenizer: Any, text: str, length: int) -> str:
     return text[: max(ends, default=0)]
 
 
+def _answered(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and of its answer, which are coded as one text, as TRL does.
+
+    So what a tokenizer puts around a text is there once; the answer begins where the prompt's own
+    code ends or, as at a separator, departs from it.
+    """
+    both = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    alone, whole = (coded(tokenizer, part, 10**6) for part in (prompts, both))
+    found = []
+    for prompt, ids in zip(alone, whole, strict=True):
+        pairs = zip(prompt, ids, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        found.append((ids[:same], ids[same:]))
+    return found
+
+
 def _pairs(task: Task) -> tuple[Any, dict[Split, list[dict[str, str]]]]:
     """The tokenizer, and prompt, chosen and rejected answer as text, within the task's length."""
     tokenizer = tokenizer_of(task)
@@ -394,8 +411,10 @@ def _pairs(task: Task) -> tuple[Any, dict[Split, list[dict[str, str]]]]:
 class _Judge:
     """Log-probabilities of answers, relative to the reference model's, which are computed once."""
 
-    def __init__(self, tokenizer: Any, rows: dict[Split, list[dict[str, str]]]) -> None:
-        self._tokenizer, self._rows = tokenizer, rows
+    def __init__(
+        self, tokenizer: Any, rows: dict[Split, list[dict[str, str]]], length: int
+    ) -> None:
+        self._tokenizer, self._rows, self._length = tokenizer, rows, length
         self._known: dict[tuple[Split, str], tuple[list[Batch], Tensor]] = {}
 
     def ratios(
@@ -419,17 +438,22 @@ class _Judge:
 
     def _batches(self, split: Split, side: str) -> list[Batch]:
         rows, end = self._rows[split], self._tokenizer.eos_token
-        prompts = coded(self._tokenizer, [row["prompt"] for row in rows], 10**6)
-        if side == "crossed":
-            answers = [row[s] for row in rows for s in ("chosen", "rejected")]
-            answers = answers[-1:] + answers[:-1]
-            prompts = [prompt for prompt in prompts for _ in range(2)]
-        else:
-            answers = [row[side] for row in rows]
-        ids = coded(self._tokenizer, [answer + end for answer in answers], 10**6)
+        sides = ("chosen", "rejected") if side == "crossed" else (side,)
+        found = _answered(
+            self._tokenizer,
+            [row["prompt"] for row in rows for _ in sides],
+            [row[name] + end for row in rows for name in sides],
+        )
+        answers = [answer for _, answer in found]
+        if side == "crossed":  # from half the rows away: those of one prompt are neighbours
+            away = len(rows) // 2 * 2
+            answers = answers[away:] + answers[:away]
         whole = [
-            {"input_ids": p + a, "labels": [IGNORED] * len(p) + a}
-            for p, a in zip(prompts, ids, strict=True)
+            {
+                "input_ids": (prompt + answer)[: self._length],
+                "labels": ([IGNORED] * len(prompt) + answer)[: self._length],
+            }
+            for (prompt, _), answer in zip(found, answers, strict=True)
         ]
         return batches({"test": whole}, collator(self._tokenizer.pad_token_id))["test"]
 

@@ -80,15 +80,13 @@ def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
     Cost: mean squared error in variances of the training ratings. Metric: R squared, at least -1.
     """
     data, tokenizer = examples.load(task), tokenizer_of(task)
-    means = [sum(row.scores) / len(row.scores) for row in data.rows["train"]]
-    target = torch.tensor(means, dtype=torch.float64)
+    target = torch.tensor([row.mean for row in data.rows["train"]], dtype=torch.float64)
     center, spread = float(target.mean()), float(target.std(correction=0))
     if not spread > 1e-6:
         raise BadInput(f"{task.dataset}: scores: all training texts are rated alike")
 
     def row(example: Any, ids: list[int]) -> dict[str, Any]:
-        mean = sum(example.scores) / len(example.scores)
-        return {"input_ids": ids, "labels": (mean - center) / spread}
+        return {"input_ids": ids, "labels": (example.mean - center) / spread}
 
     rows = {
         split: list(map(row, part, coded(tokenizer, [r.text for r in part], task.max_length)))

@@ -3,17 +3,20 @@
 import gc
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import processors
 
 from envs import alignment, objectives, texts, workload
 from envs.errors import BadInput, UnknownName
 from envs.examples import FIELDS, KINDS
 from envs.knobs import Knobs
+from envs.setups import IGNORED
 from envs.task import TASKS, Task, find
 
 DECODERS = ("causal", "reward", "dpo", "kto", "sft", "grpo")
@@ -182,17 +185,102 @@ def test_preparing_leaves_the_callers_random_states_alone(task_of):
 
 
 @pytest.mark.parametrize(
-    "objective", ["regression", "tokens", "causal", "translation", "reward", "dpo", "sft"]
+    "objective", ["regression", "tokens", "causal", "translation", "reward", "dpo", "kto", "sft"]
 )
 def test_the_cost_is_the_loss_that_the_trainer_minimises(objective, task_of):
-    setup = trained(task_of(objective), rate=1e-2)
+    task = task_of(objective)
+    setup = trained(task, rate=1e-2)
+    assert setup.score(setup.trainer, "train").loss == pytest.approx(loss(setup, task), rel=1e-5)
+
+
+def loss(setup, task):
+    """What the trainer would minimise in a batch of all its rows."""
     trainer = setup.trainer
     trainer.model.eval()
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
-    batch = trainer.data_collator(rows)
+    if task.objective == "kto":  # crossed within this batch, not within each of the run's
+        tokenizer, pairs = alignment._pairs(task)
+        order = [row["prompt"] for row in pairs["train"]]
+
+        def place(row):
+            prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+            return order.index(prompt), not row["label"]
+
+        rows, away = sorted(rows, key=place), len(order) // 2 * 2
+        for row, other in zip(rows, rows[away:] + rows[:away], strict=True):
+            row["KL_completion_ids"] = other["completion_ids"]
     with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model, batch).item()
-    assert setup.score(trainer, "train").loss == pytest.approx(loss, rel=1e-5)
+        found = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+    if task.objective == "kto":
+        assert trainer._metrics["eval"]["kl"][-1] > 1e-3  # or it would not matter
+    return found
+
+
+@pytest.fixture
+def wrapping(decoder, tmp_path):
+    """The decoder with a tokenizer that puts marks around every text: ``wrapping("<eos> $A")``."""
+
+    def make(around):
+        folder = shutil.copytree(decoder, tmp_path / "wrapping")
+        words = workload.load_tokenizer(str(folder))
+        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=[("<eos>", words.eos_token_id)]
+        )
+        words.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+AROUND = pytest.mark.parametrize("around", ["<eos> $A", "<eos> $A <eos>"])
+
+
+@AROUND
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_cost_is_the_loss_when_a_tokenizer_adds_marks(objective, around, task_of, wrapping):
+    """Long answers, too, which the marks push over the task's length."""
+    rows = [
+        {"prompt": f"{row['prompt']} {'why ' * 9}", "chosen": f"{row['chosen']} {'a' * (i % 30)}",
+         "rejected": f"{row['rejected']} {'b' * (i % 23)}"}
+        for i, row in enumerate(made_up(objective))
+    ]  # fmt: skip
+    task = task_of(objective, rows, model=wrapping(around))
+    setup = trained(task, rate=1e-2)
+    assert setup.score(setup.trainer, "train").loss == pytest.approx(loss(setup, task), rel=1e-5)
+
+
+@AROUND
+def test_an_answer_gets_no_marks_of_its_own(around, task_of, wrapping):
+    task = task_of("sft", model=wrapping(around), max_length=64)
+    setup, decode = objectives.prepare(task, 0, Knobs()), workload.load_tokenizer(task.model).decode
+    for row, turn in zip(
+        setup.trainer.train_dataset, objectives.load(task).rows["train"], strict=True
+    ):
+        labels = setup.trainer.data_collator([row])["labels"][0].tolist()
+        learned = [token for token in labels if token != IGNORED]
+        end = around.replace("<eos> $A", turn.reply + "<eos>").replace(" ", "")
+        assert decode(learned) == end
+        assert decode(row["input_ids"]) == f"<eos>{turn.statement}\n{end}"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "crossed"),
+    [
+        ("pqr", ["p c1", "p r1", "q c2", "q r2", "r c0", "r r0"]),
+        ("ppqq", ["p c2", "p r2", "p c3", "p r3", "q c0", "q r0", "q c1", "q r1"]),
+    ],
+)
+def test_a_crossed_answer_is_that_of_another_row(prompts, crossed, decoder):
+    """And of another prompt, though one's rows are neighbours."""
+    tokenizer = workload.load_tokenizer(str(decoder))
+    rows = [
+        {"prompt": f"{prompt} ", "chosen": f"c{i}", "rejected": f"r{i}"}
+        for i, prompt in enumerate(prompts)
+    ]
+    (batch,) = alignment._Judge(tokenizer, {"test": rows}, 40)._batches("test", "crossed")
+    assert tokenizer.batch_decode(batch["input_ids"]) == [f"{pair}<eos>" for pair in crossed]
+    answers = [[i for i in row if i != IGNORED] for row in batch["labels"].tolist()]
+    assert tokenizer.batch_decode(answers) == [f"{pair[2:]}<eos>" for pair in crossed]
 
 
 @pytest.mark.parametrize("objective", ["regression", "tokens", "causal", "translation", "reward"])
