@@ -39,9 +39,8 @@ for name in ("unsteered", "steered"):
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(args.model),
         args=TrainingArguments(
-            "runs/causal", max_steps=args.steps, learning_rate=args.rate,
-            per_device_train_batch_size=16, per_device_eval_batch_size=64,
-            save_strategy="no", report_to="none",
+            "runs/causal", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
+            per_device_train_batch_size=16, per_device_eval_batch_size=64, report_to="none",
         ),
         train_dataset=rows("train"),
         eval_dataset=rows("validation", 128),

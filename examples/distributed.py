@@ -44,9 +44,8 @@ for name in ("unsteered", "steered"):
             args.model, num_labels=len(data["train"].classes), dtype="float32"
         ),
         args=TrainingArguments(
-            "runs/distributed", max_steps=args.steps, learning_rate=args.rate,
-            per_device_train_batch_size=8, per_device_eval_batch_size=64,
-            save_strategy="no", report_to="none",
+            "runs/distributed", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
+            per_device_train_batch_size=8, per_device_eval_batch_size=64, report_to="none",
         ),
         train_dataset=rows("train"),
         eval_dataset=rows("validation", 128),

@@ -1,13 +1,16 @@
-"""The headline of an article: with and without the tuner.
-
-python examples/headlines.py
-"""
+"""The headline of an article, with and without the tuner: python examples/headlines.py"""
 
 import argparse
 
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, EncoderDecoderModel
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EncoderDecoderModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
 
 from envs import catalog, texts
 from tuner import TunerCallback
@@ -24,11 +27,11 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 def rows(split, most=1000):
     part = data[split][:most]
-    sources = tokenizer([row.body for row in part], truncation=True, max_length=32)
-    targets = tokenizer([row.title for row in part], truncation=True, max_length=32)["input_ids"]
+    both = {"text": [row.body for row in part], "text_target": [row.title for row in part]}
+    coded = tokenizer(**both, truncation=True, max_length=32)
     # The first token, [CLS], is where the decoder starts from: it is not to be written.
     return [{"input_ids": source, "labels": target[1:]}
-            for source, target in zip(sources["input_ids"], targets, strict=True)]  # fmt: skip
+            for source, target in zip(coded["input_ids"], coded["labels"], strict=True)]  # fmt: skip
 
 
 for name in ("unsteered", "steered"):
@@ -38,9 +41,8 @@ for name in ("unsteered", "steered"):
         config.decoder_start_token_id = tokenizer.cls_token_id
         config.eos_token_id, config.pad_token_id = tokenizer.sep_token_id, tokenizer.pad_token_id
     arguments = Seq2SeqTrainingArguments(
-        "runs/headlines", max_steps=args.steps, learning_rate=args.rate,
-        per_device_train_batch_size=16, per_device_eval_batch_size=64,
-        save_strategy="no", report_to="none",
+        "runs/headlines", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
+        per_device_train_batch_size=16, per_device_eval_batch_size=64, report_to="none",
     )  # fmt: skip
     trainer = Seq2SeqTrainer(
         model, arguments, DataCollatorForSeq2Seq(tokenizer), rows("train"), rows("validation", 128)
@@ -54,5 +56,5 @@ for name in ("unsteered", "steered"):
     judge = RougeScorer(["rougeL"]).score
     pairs = zip(data["test"], written, strict=False)
     marks = [judge(row.title, title)["rougeL"].fmeasure for row, title in pairs]
-    score = sum(marks) / len(marks)
-    print(f"{name}: test ROUGE-L {score:.3f}, loss {found.metrics['test_loss']:.3f}")
+    score, loss = sum(marks) / len(marks), found.metrics["test_loss"]
+    print(f"{name}: test ROUGE-L {score:.3f}, loss {loss:.3f}")

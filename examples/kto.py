@@ -23,7 +23,7 @@ data = texts.pairs()  # fetched on first use by: steersman fetch ratings
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 
-def rows(split, most=2000):
+def rows(split, most=1000):
     part = data[split]
     part = part[:: max(1, len(part) // most)][:most]  # of every source: they come one by one
     found = [

@@ -1,15 +1,17 @@
-"""The environment of one's own Trainer, its schedule alone and with the tuner's decisions.
-
-python examples/own_trainer_env.py
-"""
+"""The environment of one's own Trainer, with and without the tuner: python examples/own_trainer_env.py"""
 
 import argparse
 
 import gymnasium as gym
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
-import envs  # noqa: F401  (registers the environments)
 from envs import catalog
 from tuner.tracking import open_policy
 
@@ -25,8 +27,8 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 def rows(split, most=1000):
     coded = tokenizer(list(data[split].texts[:most]), truncation=True, max_length=32)["input_ids"]
-    labels = data[split].labels.tolist()
-    return [{"input_ids": c, "labels": n} for c, n in zip(coded, labels, strict=False)]
+    numbers = data[split].labels[:most]
+    return [{"input_ids": c, "labels": int(n)} for c, n in zip(coded, numbers, strict=True)]
 
 
 def accuracy(found):
@@ -42,8 +44,7 @@ def my_trainer(seed):
         args=TrainingArguments("runs/own", max_steps=args.steps, learning_rate=args.rate, seed=seed,
                                save_strategy="no", report_to="none", disable_tqdm=True),
         train_dataset=rows("train"), data_collator=DataCollatorWithPadding(tokenizer),
-        eval_dataset=rows("validation", 128),
-        compute_metrics=accuracy,
+        eval_dataset=rows("validation", 128), compute_metrics=accuracy,
     )  # fmt: skip
 
 

@@ -1,13 +1,15 @@
-"""The part of speech of each Chinese word: with and without the tuner.
-
-python examples/tokens.py
-"""
+"""The part of speech of each Chinese word, with and without the tuner: python examples/tokens.py"""
 
 import argparse
 
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers import DataCollatorForTokenClassification as Collator
-from transformers import Trainer, TrainingArguments, set_seed
 
 from envs import catalog, texts
 from tuner import TunerCallback
@@ -47,9 +49,8 @@ for name in ("unsteered", "steered"):
     set_seed(0)
     model = AutoModelForTokenClassification.from_pretrained(args.model, num_labels=len(texts.TAGS))
     arguments = TrainingArguments(
-        "runs/tokens", max_steps=args.steps, learning_rate=args.rate,
-        per_device_train_batch_size=16, per_device_eval_batch_size=64,
-        save_strategy="no", report_to="none",
+        "runs/tokens", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
+        per_device_train_batch_size=16, per_device_eval_batch_size=64, report_to="none",
     )  # fmt: skip
     trainer = Trainer(model, arguments, Collator(tokenizer), rows("train"),
                       rows("validation", 128), compute_metrics=accuracy)  # fmt: skip

@@ -6,8 +6,14 @@ python examples/translation.py
 import argparse
 
 from sacrebleu.metrics import CHRF
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, EncoderDecoderModel
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    EncoderDecoderModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    set_seed,
+)
 
 from envs import catalog, texts
 from tuner import TunerCallback
@@ -24,11 +30,11 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 def rows(split, most=1000):
     part = data[split][:most]
-    sources = tokenizer([row.source for row in part], truncation=True, max_length=32)
-    targets = tokenizer([row.target for row in part], truncation=True, max_length=32)["input_ids"]
+    both = {"text": [row.source for row in part], "text_target": [row.target for row in part]}
+    coded = tokenizer(**both, truncation=True, max_length=32)
     # The first token, [CLS], is where the decoder starts from: it is not to be written.
     return [{"input_ids": source, "labels": target[1:]}
-            for source, target in zip(sources["input_ids"], targets, strict=True)]  # fmt: skip
+            for source, target in zip(coded["input_ids"], coded["labels"], strict=True)]  # fmt: skip
 
 
 for name in ("unsteered", "steered"):
@@ -38,9 +44,8 @@ for name in ("unsteered", "steered"):
         config.decoder_start_token_id = tokenizer.cls_token_id
         config.eos_token_id, config.pad_token_id = tokenizer.sep_token_id, tokenizer.pad_token_id
     arguments = Seq2SeqTrainingArguments(
-        "runs/translation", max_steps=args.steps, learning_rate=args.rate,
-        per_device_train_batch_size=16, per_device_eval_batch_size=64,
-        save_strategy="no", report_to="none",
+        "runs/translation", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
+        per_device_train_batch_size=16, per_device_eval_batch_size=64, report_to="none",
     )  # fmt: skip
     trainer = Seq2SeqTrainer(
         model, arguments, DataCollatorForSeq2Seq(tokenizer), rows("train"), rows("validation", 128)
