@@ -44,7 +44,7 @@ for name in ("unsteered", "steered"):
             args.model, num_labels=len(data["train"].classes), dtype="float32"
         ),
         args=TrainingArguments(
-            "runs/classification", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
+            "runs/trec", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
             per_device_train_batch_size=16, per_device_eval_batch_size=64, report_to="none",
         ),
         train_dataset=rows("train"),

@@ -1,4 +1,4 @@
-"""The environment of one's own Trainer, with and without the tuner: python examples/own_trainer_env.py"""
+"""One's own Trainer as an environment, steered and not: python examples/own_trainer_env.py"""
 
 import argparse
 

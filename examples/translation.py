@@ -33,8 +33,8 @@ def rows(split, most=1000):
     both = {"text": [row.source for row in part], "text_target": [row.target for row in part]}
     coded = tokenizer(**both, truncation=True, max_length=32)
     # The first token, [CLS], is where the decoder starts from: it is not to be written.
-    return [{"input_ids": source, "labels": target[1:]}
-            for source, target in zip(coded["input_ids"], coded["labels"], strict=True)]  # fmt: skip
+    return [{"input_ids": ids, "labels": target[1:]}
+            for ids, target in zip(coded["input_ids"], coded["labels"], strict=True)]  # fmt: skip
 
 
 for name in ("unsteered", "steered"):
