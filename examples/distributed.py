@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 examples/distributed.py
 
 import argparse
 
+import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,13 +19,12 @@ from envs import catalog
 from tuner import TunerCallback
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default=catalog.model_path("tiny-32"), help="a folder or a hub id")
 parser.add_argument("--rate", type=float, default=7e-4, help="learning rate; a decade too low")
 parser.add_argument("--steps", type=int, default=100, help="updates")
-args = parser.parse_args()
+args, model = parser.parse_args(), catalog.model_path("tiny-32")
 
 data = catalog.load("trec6")  # fetched on first use by: steersman fetch trec6
-tokenizer = AutoTokenizer.from_pretrained(args.model)
+tokenizer = AutoTokenizer.from_pretrained(model)
 
 
 def rows(split, most=1000):
@@ -41,14 +41,14 @@ for name in ("unsteered", "steered"):
     set_seed(0)
     trainer = Trainer(
         model=AutoModelForSequenceClassification.from_pretrained(
-            args.model, num_labels=len(data["train"].classes), dtype="float32"
+            model, num_labels=len(data["train"].classes), dtype="float32"
         ),
         args=TrainingArguments(
             "runs/distributed", max_steps=args.steps, learning_rate=args.rate, save_strategy="no",
             per_device_train_batch_size=8, per_device_eval_batch_size=64, report_to="none",
+            use_cpu=not torch.cuda.is_available(),
         ),
-        train_dataset=rows("train"),
-        eval_dataset=rows("validation", 128),
+        train_dataset=rows("train"), eval_dataset=rows("validation", 128),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
     )  # fmt: skip

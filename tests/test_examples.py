@@ -61,5 +61,6 @@ def test_an_example_runs(name, tmp_path):
     for way in ("unsteered", "steered"):
         (found,) = re.findall(rf"^{way}: .*?(-?[\d.]+)", done.stdout, re.MULTILINE)
         assert float(found) > -100
+    assert "on 1 processes" not in done.stdout
     assert "the tuner failed" not in done.stderr
     assert "the tuner is off" not in done.stderr
