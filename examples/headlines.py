@@ -18,7 +18,7 @@ from tuner import TunerCallback
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=catalog.model_path("tiny-32"), help="an encoder; used twice")
 parser.add_argument("--rate", type=float, default=7e-4, help="learning rate; a decade too low")
-parser.add_argument("--steps", type=int, default=60, help="updates")
+parser.add_argument("--steps", type=int, default=300, help="updates")
 args = parser.parse_args()
 
 data = texts.articles()  # fetched on first use by: steersman fetch articles

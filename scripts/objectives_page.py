@@ -130,8 +130,7 @@ files and datasets, by the columns `text` and `label`.
 {places}
 
 A policy turns the knobs it was trained to turn. The one that is shipped, `default`, turns the rate
-{envelope()},
-and leaves the schedule as it is.
+{envelope()}, and leaves the schedule as it is.
 
 ## Engines
 

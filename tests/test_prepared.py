@@ -34,6 +34,7 @@ def test_a_preference_job_is_steered_and_judged(
     assert "test pairs in the right order" in out
     (folder,) = (tmp_path / "out" / "steered").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
+    assert folder.name.startswith("dpo-")
     assert summary["metric"] == "pairs in the right order"
     # The unsteered run is the task's own Trainer at that rate; the steered one is not.
     plain = objectives.prepare(replace(task, interval=1), 0, Knobs(rate=1e-3))

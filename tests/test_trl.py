@@ -292,3 +292,9 @@ def test_a_policy_that_needs_validation_losses_gets_them_of_the_trainer(words, t
     trainer.train()
     lines = (tmp_path / "b" / LOG).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 6]
+
+
+def test_one_output_counts_as_two_classes(words, tmp_path):
+    """A reward or a number has no classes; fewer than two are beyond what a policy has seen."""
+    _, seen = steer(trainer_of("Reward", words, tmp_path))
+    assert (seen[:, PLACE["classes"]] == 0).all()

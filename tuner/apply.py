@@ -127,7 +127,10 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     if rate is None:
         rate = reference_rate(workload.parameters(task.model), "adamw", task.adapter)
     knobs = Knobs(rate=rate, shape=config.schedule)
-    name = "-".join(Path(part).stem for part in (task.dataset, task.model)) + f"-{config.seed}"
+    parts = [Path(part).stem for part in (task.dataset, task.model)] + [str(config.seed)]
+    if task.objective != "classification":  # one dataset serves several
+        parts.insert(0, task.objective)
+    name = "-".join(parts)
     folder = out / "steered" / name
     summary_path = folder / "summary.json"
     identity = _identity(config, policy)
