@@ -1,14 +1,6 @@
 """Dials: the knobs beyond the rate, each with its unit, its range and how it moves.
 
-A job carries out those it has (a knob it has not is None in its `envs.knobs.Knobs`):
-
-=============  =====================================================================
-weight_decay   every job, and runs in packs
-clip           every job, and runs in packs
-adapter_scale  a `TorchJob` with LoRA, if the run was opened with it
-beta           a job whose preference or RL objective has one
-depth          a `TorchJob`, if the run was opened with it; a Trainer in one process
-=============  =====================================================================
+A job carries out those it has (a knob it has not is None in its `envs.knobs.Knobs`): see `REACH`.
 """
 
 import math
@@ -63,6 +55,30 @@ DIALS = {
     "beta": Dial("weight of the KL term or of the preference", 1e-3, 10.0),
     "depth": Dial("uppermost layers in training", 0.0, 100.0, way="plus", start=100.0),
 }
+
+_ON, _SWITCHABLE = "if it is on", "if it is a SwitchableOptimizer"
+_OPENED = "if the run was opened with it"
+REACH: dict[str, dict[str, str]] = {
+    name: dict(
+        zip(
+            ("TorchJob", "packs", "TrainerJob", "TunerCallback", "DDP", "FSDP2"), cells, strict=True
+        )
+    )
+    for name, cells in {
+        "rate": ("yes",) * 6,
+        "rollback": ("yes",) * 6,
+        "optimizer": ("yes", "yes", _SWITCHABLE, _SWITCHABLE, _SWITCHABLE, ""),
+        "weight_decay": ("yes",) * 6,
+        "clip": (_ON,) * 6,
+        "adapter_scale": (f"LoRA, {_OPENED}", "", "", "", "", ""),
+        "beta": ("", "", "if the Trainer has one", "", "", ""),
+        "depth": (_OPENED, "", "", "if the policy turns it", "", ""),
+    }.items()
+}
+"""What turns each knob, and on which condition; empty: not at all.
+
+DDP and FSDP2 are the callback in several processes.
+"""
 
 Turn = tuple[str, float]  # the name of a dial, and the factor or the steps to move it by
 

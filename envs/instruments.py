@@ -361,7 +361,8 @@ def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> d
         rows = len(loader.dataset)
     except (TypeError, AttributeError):
         rows = seen
-    known = classes or getattr(getattr(model, "config", None), "num_labels", None) or 2
+    named = getattr(getattr(model, "config", None), "num_labels", None) or 2
+    known = classes or max(2, named)  # one output is a regression or a reward: it has no classes
     lora = any("lora_" in name for name, _ in model.named_parameters())
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

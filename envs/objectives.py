@@ -1,18 +1,46 @@
 """Objectives: the ready Trainer of every task that is not plain classification."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from envs import alignment, supervised
 from envs.errors import lookup
 from envs.examples import Data, load
 from envs.knobs import Knobs
 from envs.setups import arguments
-from envs.task import OBJECTIVE_TASKS, Task
+from envs.task import OBJECTIVE_TASKS, Objective, Task
 from envs.trainer_job import Setup
 
-__all__ = ["MAKERS", "TASKS", "Data", "arguments", "load", "prepare"]
+__all__ = ["CARDS", "MAKERS", "TASKS", "Data", "arguments", "load", "prepare"]
 
 TASKS = OBJECTIVE_TASKS
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an objective is trained by and judged by."""
+
+    trainer: str  # the class
+    library: str  # it is from
+    cost: str  # never negative; what the tuner lowers
+    metric: str  # higher is better; read on test
+
+
+_ORDER = "pairs in the right order"
+CARDS: Mapping[Objective, Card] = {
+    "classification": Card("Trainer", "transformers", "nats a text", "accuracy"),
+    "regression": Card("Trainer", "transformers", "squared error, in variances", "R squared"),
+    "tokens": Card("Trainer", "transformers", "nats a word", "accuracy of words"),
+    "causal": Card("Trainer", "transformers", "nats a token", "minus perplexity"),
+    "translation": Card("Seq2SeqTrainer", "transformers", "nats a target token", "chrF"),
+    "headlines": Card("Seq2SeqTrainer", "transformers", "nats a title token", "ROUGE-L"),
+    "reward": Card("RewardTrainer", "trl", "Bradley-Terry nats a pair", _ORDER),
+    "dpo": Card("DPOTrainer", "trl", "DPO nats a pair", _ORDER),
+    "kto": Card("KTOTrainer", "trl", "KTO loss, 0 to 1", _ORDER),
+    "sft": Card("SFTTrainer", "trl", "nats a reply token", "minus perplexity"),
+    "grpo": Card("GRPOTrainer", "trl", "1 - mean reward", "mean reward"),
+}
+"""Every objective that has a task; the Trainer is the one that `prepare` makes."""
 
 MAKERS: Mapping[str, Callable[[Task, int, Knobs], Setup]] = {
     "regression": supervised.regression,

@@ -305,3 +305,9 @@ def test_a_preference_trainer_is_told_by_its_configuration(tmp_path):
         args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
         assert objective_of(args) == objective
     assert objective_of(Own(output_dir=str(tmp_path), use_cpu=True, bf16=False)) == "dpo"
+
+
+def test_one_output_counts_as_two_classes(words, tmp_path):
+    """A reward or a number has no classes; fewer than two are beyond what a policy has seen."""
+    _, seen = steer(trainer_of("Reward", words, tmp_path))
+    assert (seen[:, PLACE["classes"]] == 0).all()

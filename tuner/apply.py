@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from envs import workload
+from envs import examples, objectives, workload
 from envs.errors import BadInput, RunFailed
 from envs.files import write_atomic
 from envs.job import judge
 from envs.knobs import Knobs, reference_rate
 from envs.task import Task
+from tuner import prepared
 from tuner.app import Terminated
 from tuner.callback import TunerCallback
 from tuner.judge import Judge, best_check, read_model
@@ -100,21 +101,36 @@ class Bench:
     """What every run of a job shares."""
 
     task: Task
-    load: workload.Workload
     config: ApplyConfig
     tick: Tick
 
+    @property
+    def load(self) -> workload.Workload:
+        """The data of a classification."""
+        return workload.load(self.task)
+
 
 def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) -> dict[str, Any]:
-    """Fine-tune, steered; resumes from the last whole checkpoint. Writes ``steered/<job>/``."""
+    """Fine-tune, steered. Writes ``steered/<job>/``.
+
+    A classification resumes from the last whole checkpoint; a run of another objective, which has
+    none, begins again.
+    """
     torch.set_num_threads(config.threads)
     task = config.job()
-    job = Bench(task, workload.load(task), config, tick)
+    job = Bench(task, config, tick)
+    if task.objective == "classification":
+        job.load  # noqa: B018  (refuses bad data before anything is written)
+    else:
+        examples.load(task)
     rate = config.rate
     if rate is None:
         rate = reference_rate(workload.parameters(task.model), "adamw", task.adapter)
     knobs = Knobs(rate=rate, shape=config.schedule)
-    name = "-".join(Path(part).stem for part in (task.dataset, task.model)) + f"-{config.seed}"
+    parts = [Path(part).stem for part in (task.dataset, task.model)] + [str(config.seed)]
+    if task.objective != "classification":  # one dataset serves several
+        parts.insert(0, task.objective)
+    name = "-".join(parts)
     folder = out / "steered" / name
     summary_path = folder / "summary.json"
     identity = _identity(config, policy)
@@ -133,6 +149,7 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
         "seed": config.seed,
         "start_rate": knobs.rate,
         "mode": "advise" if config.advise else config.mode,
+        "metric": objectives.CARDS[task.objective].metric,
         "folder": str(folder),
     }
     if config.keep:
@@ -237,6 +254,9 @@ def _run(
     The model is the last one, and judged on the test split; or, where trials are to be
     ``judged`` against each other, the best checkpoint on the selection split.
     """
+    if job.task.objective != "classification":
+        watch = Watch(job.tick, words)
+        return prepared.run(job.task, job.config, knobs, folder, policy, watch)
     began = time.perf_counter()
     task, config, rows = job.task, job.config, job.load.rows
     arguments = TrainingArguments(

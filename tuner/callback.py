@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 WATCH = 25  # updates between two looks at the losses, when decisions are further apart
 RENEW = 10  # and at least between two copies of the best weights, when only the guard needs them
+REFUSED = ("deepspeed", "megatron_lm", "xla")  # engines whose optimizers are out of reach
 LOG, WEIGHTS = "tuner.jsonl", "tuner.safetensors"
 
 
@@ -522,7 +523,7 @@ def _check(args: Any, state: Any, optimizer: Any, asked: int | None) -> None:
     """Refuse what cannot be steered."""
     engine = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", "")
     engine = "deepspeed" if args.deepspeed else str(getattr(engine, "value", engine)).lower()
-    if engine in ("deepspeed", "megatron_lm", "xla"):
+    if engine in REFUSED:
         raise BadInput(f"trainer: {engine}: not supported by the tuner; train with DDP or FSDP2")
     if state.max_steps < 1:
         raise BadInput(

@@ -131,6 +131,8 @@ def apply(
 
     Own data: `steersman apply POLICY --task my.csv --text review --label stars`
 
+    Other objectives: `steersman apply POLICY --task dpo --keep` (see `docs/objectives.md`)
+
     The best of three, chosen on rows of their own: `steersman apply POLICY --trials 3`
     """
     from tuner.apply import steer_trainer
@@ -147,10 +149,11 @@ def apply(
             f"{trial['start_rate']:.2g} -> {trial['end_rate']:.2g}"
             + (", chosen" if trial["trial"] == summary["chosen"] else "")
         )
+    metric = summary.get("metric", "accuracy")
     for name, run in (("steered", summary), ("unsteered", summary.get("keep"))):
         if run:
             console.print(
-                f"{name:9}  test accuracy {run['final']['test']:.3f}, validation loss "
+                f"{name:9}  test {metric} {run['final']['test']:.3f}, validation loss "
                 f"{run['start']['validation_loss']:.3f} -> {run['final']['validation_loss']:.3f}, "
                 f"{run['seconds']:.0f} s"
             )

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from envs.catalog import CORPORA, MODELS
 from envs.errors import BadInput
-from envs.task import TASKS, Adapter, Task, find
+from envs.task import OBJECTIVE_TASKS, TASKS, Adapter, Task, find
 
 
 class ApplyConfig(BaseModel):
@@ -40,6 +40,11 @@ class ApplyConfig(BaseModel):
             raise BadInput(
                 f"apply: trials: {self.trials} with advise; advice steers nothing that could be "
                 "chosen from; leave out one of the two"
+            )
+        if self.task in OBJECTIVE_TASKS and self.trials > 1:
+            raise BadInput(
+                f"apply: trials: {self.trials} for {self.task}; they are chosen from by accuracy, "
+                "so only for classification; leave it out"
             )
         changes = {
             name: value

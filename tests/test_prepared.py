@@ -1,0 +1,78 @@
+"""``steersman apply`` on another objective: its own Trainer, steered, beside the same unsteered."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_cli import policy_file, run  # noqa: F401  (fixtures)
+from test_objectives import decoder, made_up, task_of  # noqa: F401  (likewise)
+
+from envs import objectives
+from envs.knobs import Knobs
+from envs.observe import FEATURES
+from envs.task import OBJECTIVE_TASKS
+
+pytest.importorskip("trl")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL's own
+FEW = ("--threads", "1", "--mode", "explore", "--rate", "1e-3", "--steps", "12")
+
+
+def enough(task_of, objective):  # noqa: F811
+    """A tiny task with as many rows as the policy has ever seen."""
+    return replace(task_of(objective, made_up(objective, 500), steps=12), rows=200)
+
+
+def test_a_preference_job_is_steered_and_judged(
+    run, task_of, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    task = enough(task_of, "dpo")
+    monkeypatch.setitem(OBJECTIVE_TASKS, "dpo", task)
+    command = ("apply", "default", "--task", "dpo", *FEW, "--out", tmp_path / "out")
+    code, out, err = run(*command, "--keep")
+    assert code == 0, err
+    assert "test pairs in the right order" in out
+    (folder,) = (tmp_path / "out" / "steered").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert folder.name.startswith("dpo-")
+    assert summary["metric"] == "pairs in the right order"
+    # The unsteered run is the task's own Trainer at that rate; the steered one is not.
+    plain = objectives.prepare(replace(task, interval=1), 0, Knobs(rate=1e-3))
+    plain.trainer.train()
+    score = plain.score(plain.trainer, "test")
+    assert summary["keep"]["final"]["test"] == pytest.approx(score.metric)
+    kept, steered = summary["keep"]["final"], summary["final"]
+    assert kept["validation_loss"] == pytest.approx(plain.score(plain.trainer, "validation").loss)
+    assert steered["validation_loss"] != kept["validation_loss"]
+    lines = (folder / "audit.jsonl").read_text().splitlines()
+    decisions = [json.loads(line) for line in lines]
+    assert [each["step"] for each in decisions] == list(range(len(decisions)))
+    assert decisions[0]["applied"]["multiplier"] > 1
+    place = [feature.name for feature in FEATURES].index("has_validation")
+    assert all(each["observation"][place] == 1 for each in decisions)
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve] == list(range(1, 13))
+    assert curve[1]["rate"] > 1e-3
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert run(*command, "--keep")[0] == 0  # repeated: done before
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_trials_of_another_objective_are_refused(run, policy_file, tmp_path):  # noqa: F811
+    words = ("--task", "dpo", "--trials", "3", "--out", tmp_path / "out")
+    code, _, err = run("apply", policy_file, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "apply: trials: 3 for dpo" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVE_TASKS) - {"dpo"}))
+def test_every_objective_is_steered(run, name, task_of, monkeypatch, tmp_path):  # noqa: F811
+    objective = OBJECTIVE_TASKS[name].objective
+    monkeypatch.setitem(OBJECTIVE_TASKS, name, enough(task_of, objective))
+    code, out, err = run("apply", "default", "--task", name, *FEW, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert f"test {objectives.CARDS[objective].metric}" in out
+    (folder,) = (tmp_path / "out" / "steered").iterdir()
+    assert (folder / "audit.jsonl").read_text()
