@@ -1,5 +1,6 @@
 """Instruments: what is read from a Trainer's model and set on its schedule, without a trace."""
 
+import copy
 import functools
 import logging
 import random
@@ -18,6 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from envs import probe
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.processes import total, world
+from envs.shards import local, reshard, sharded
 from envs.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -72,19 +75,26 @@ class Rates:
 class Eyes:
     """Hooks on the model: the loss of each update, and gradients before they are clipped."""
 
-    def __init__(self, model: nn.Module, accumulation: int) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
+    def __init__(self, model: nn.Module, accumulation: int, averaged: bool = True) -> None:
+        """averaged: tokens are counted over all processes, ``average_tokens_across_devices``."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
-        self.sampled = probe.sampled(self.parameters)
+        self.sharded = sharded(model)
+        self.parameters = [local(p) for p in trained]  # this process's parts, under FSDP
+        self.sampled = probe.sampled(trained)
         self.device = self.parameters[0].device
         self.losses: list[Any] = []  # one an update; tensors until they are fetched
-        self.blind = False  # the model's output has no loss
+        self.blind = False  # the model's output has no loss, or not the one that is trained
         self.error: Exception | None = None
         self.watching = False
         self.last_gradient: Tensor | None = None
+        self._model, self._world, self._averaged = model, world(), averaged
         self._parts: list[Tensor] = []
-        self._scaled: bool | None = None if accumulation > 1 else False
+        self._steps: list[Tensor] = []
+        self._inputs: Any = ((), {})
+        self._trained: bool | None = None  # the output's loss is; None before the first update
+        self._scaled: bool | None = None if accumulation * self._world > 1 else False
         self._gradients: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         self._forward = model.register_forward_hook(self._on_forward, with_kwargs=True)
@@ -94,21 +104,61 @@ class Eyes:
             return
         try:
             loss = _loss(output)
-            if loss is None:
+            if loss is None or self.blind:
                 self.blind = True
                 return
+            if self._trained is None and loss.requires_grad:
+                loss.register_hook(self._on_backward)
             if self._scaled is None:
-                self._scaled = _is_share(module, args, kwargs)
-            self._parts.append(loss.detach().clone())
+                self._inputs = (args, kwargs)
+            self._parts.append(loss.detach().float().clone())
         except Exception as error:
             self.error = error
 
+    def _on_backward(self, gradient: Tensor | None) -> None:
+        self._trained = self._trained or gradient is not None
+
+    def see_step(self, loss: Tensor) -> None:
+        """What a Trainer's ``training_step`` gave: it counts where the model's output has none."""
+        self._steps.append(loss.detach().float().clone())
+
     def end_update(self) -> None:
-        """The micro-batches of an update become its loss; nothing is read from the device."""
+        """The micro-batches of an update become its loss; nothing is read from the device.
+
+        With several processes it is the loss of all of them, and each has to call this.
+        """
+        if self._parts and not self._trained:  # as with DPO, whose loss is made of log-likelihoods
+            self.blind, self._parts, self._inputs = True, [], ((), {})
+        if self._parts and self._scaled is None:
+            self._scaled = _is_share(self._model, *self._inputs)
+            self._inputs = ((), {})
+        loss = None
         if self._parts:
-            total, count = functools.reduce(torch.add, self._parts), len(self._parts)
-            self.losses.append(total if self._scaled or count == 1 else total / count)
-            self._parts = []
+            loss, count = functools.reduce(torch.add, self._parts), len(self._parts)
+            if not self._scaled:
+                loss = loss / count if count > 1 else loss
+            elif self._averaged and self._world > 1:
+                loss = loss * self._world  # it was divided by the items of all processes
+        elif self._steps:
+            loss = functools.reduce(torch.add, self._steps)
+        self._parts, self._steps = [], []
+        if self._world > 1:
+            mine = torch.zeros((), device=self.device) if loss is None else loss
+            mean = total(mine) / self._world
+            loss = None if loss is None else mean
+        if loss is not None:
+            self.losses.append(loss)
+
+    def everywhere(self, mine: bool) -> bool:
+        """Whether it holds of all shards; under FSDP every process has to ask."""
+        if not self.sharded:
+            return mine
+        return total(torch.tensor(float(not mine), device=self.device)).item() == 0
+
+    def reshard(self) -> None:
+        """Make a change of the weights count under FSDP."""
+        if self.sharded:
+            reshard(self._model)
 
     def fetch(self) -> list[float]:
         """The losses so far as numbers; one transfer from the device."""
@@ -137,7 +187,7 @@ class Eyes:
             self.error = error
 
     def gradient(self, optimizer: Any) -> Tensor:
-        """The sample of the update's gradients as they were before clipping."""
+        """The sample of the update's gradients as they were before clipping, of all processes."""
         parts = [
             self._gradients[i] if i in self._gradients else torch.zeros_like(probe.view(parameter))
             for i, parameter in enumerate(self.sampled)
@@ -147,6 +197,8 @@ class Eyes:
         self.last_gradient = torch.cat(parts)
         if scaler is not None:
             self.last_gradient = self.last_gradient / scaler.get_scale()
+        if self._world > 1 and not self.sharded:  # the hooks are faster than DDP
+            self.last_gradient = total(self.last_gradient) / self._world
         return self.last_gradient
 
     def rest(self) -> None:
@@ -164,14 +216,19 @@ class Eyes:
 class Slice:
     """The first rows of a dataset, evaluated without a trace: no random number is used up."""
 
-    def __init__(self, dataset: Any, rows: int, batch: int) -> None:
+    def __init__(self, dataset: Any, rows: int, batch: int, trainer: Any = None) -> None:
+        """trainer: computes the losses, its own way, where the model's output has none."""
         self._dataset, self._rows, self._size = dataset, rows, batch
+        self._trainer = trainer
         self._batches: list[tuple[int, Mapping[str, Any]]] = []
 
     def loss(self, model: nn.Module, optimizer: Any, loader: Any) -> float | None:
-        """Mean loss over the rows; None if the model's output has none."""
+        """Mean loss over the rows; None if the model's output has none.
+
+        With a Trainer, or under FSDP, every process has to ask.
+        """
         device = next(model.parameters()).device
-        with _aside(model), torch.no_grad():
+        with _aside(model), torch.no_grad(), _metrics_of(self._trainer):
             if not self._batches:
                 self._batches = list(self._collated(loader))
             for switch in ("eval", "train"):
@@ -188,6 +245,8 @@ class Slice:
         return total.item() / sum(counts)
 
     def _one(self, model: nn.Module, batch: Mapping[str, Any], device: Any) -> Tensor | None:
+        if self._trainer is not None:
+            return self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return _loss(model(**moved))
 
@@ -220,6 +279,19 @@ def _aside(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+@contextmanager
+def _metrics_of(trainer: Any) -> Iterator[None]:
+    """TRL's Trainers note figures of each evaluation for their next log line: forget these."""
+    metrics = getattr(trainer, "_metrics", None)
+    kept = copy.deepcopy(metrics)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            metrics.clear()
+            metrics.update(kept)
+
+
 def _loss(output: Any) -> Tensor | None:
     found = output.get("loss") if isinstance(output, Mapping) else None
     if isinstance(output, tuple | list) and output:
@@ -234,7 +306,7 @@ def _is_share(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
         return False
     with _aside(module), torch.no_grad():
         one, two = (
-            _loss(module.forward(*args, **{**kwargs, "num_items_in_batch": items * times}))
+            _loss(module(*args, **{**kwargs, "num_items_in_batch": items * times}))
             for times in (1, 2)
         )
     return one is not None and two is not None and bool(two < 0.75 * one)

@@ -244,7 +244,7 @@ class RandomState:
                 self._states[number] = torch.cuda.get_rng_state(device)
 
 
-def finite(parameters: Sequence[nn.Parameter]) -> bool:
+def finite(parameters: Sequence[Tensor]) -> bool:
     """Whether every weight is a finite number; one transfer from the device."""
     with torch.no_grad():
         sums = torch._foreach_norm([*parameters])

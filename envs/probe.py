@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from envs.processes import total
+from envs.shards import local
+
 TENSORS = 24
 SAMPLE = 1024
 
@@ -23,9 +26,9 @@ def sampled(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def view(tensor: Tensor) -> Tensor:
-    """At most `SAMPLE` evenly spaced entries of a tensor, flat."""
-    dense = tensor.detach().contiguous()
-    stride = -(-dense.numel() // SAMPLE)
+    """At most `SAMPLE` evenly spaced entries of a tensor, or of this process's part, flat."""
+    dense = local(tensor.detach()).contiguous()
+    stride = max(1, -(-dense.numel() // SAMPLE))
     count = -(-dense.numel() // stride)
     # One call where a reshape and a slice are two: this runs within the user's backward pass.
     return dense.as_strided((count,), (stride,)).float()
@@ -68,10 +71,11 @@ class Probe:
         if self._weights is not None:
             self._update = gather(parameters) - self._weights
 
-    def read(self) -> tuple[float, float, float, float]:
+    def read(self, sharded: bool = False) -> tuple[float, float, float, float]:
         """(gradient norm, clipped share, update ratio, gradient cosine), NaN where unknown.
 
-        One transfer from the device; the probe is empty afterwards.
+        One transfer from the device; the probe is empty afterwards. sharded: every process reads,
+        and each has a part of the samples.
         """
         gradients, clipped, weights, update = (
             self._gradients,
@@ -86,7 +90,11 @@ class Probe:
         alike = len(gradients) == 2 and len(gradients[0]) == len(last)
         first = gradients[0] if alike else torch.full_like(last, math.nan)
         samples = (sample[None] for sample in (last, clipped, update, weights, first))
-        return reading(figures(*samples)[0].tolist())
+        row = figures(*samples)[0]
+        if sharded:
+            squares = total(torch.cat([row[:-1] ** 2, row[-1:]]))
+            row = torch.cat([squares[:-1].sqrt(), squares[-1:]])
+        return reading(row.tolist())
 
 
 def figures(

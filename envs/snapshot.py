@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Snapshot = list[Tensor]
 
 
-def remember(parameters: Sequence[nn.Parameter], into: Snapshot | None = None) -> Snapshot:
+def remember(parameters: Sequence[Tensor], into: Snapshot | None = None) -> Snapshot:
     """A copy of the weights; ``into`` reuses the memory of an old snapshot."""
     with torch.no_grad():
         if into is None:
@@ -19,7 +19,7 @@ def remember(parameters: Sequence[nn.Parameter], into: Snapshot | None = None) -
 
 def recall(
     snapshot: Snapshot,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Put the weights back and forget the optimizer's moments.

@@ -16,12 +16,14 @@ from envs.errors import BadInput, SteersmanError
 from envs.instruments import Eyes, Rates, Slice, describe, read_weights, write_weights
 from envs.job import finite
 from envs.knobs import Knobs, Optimizer
+from envs.processes import rank, world
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from tuner.audit import Pilot
+from tuner.gauge import Gauge
 from tuner.guard import alarm, limits_of
 from tuner.logbook import Logbook
-from tuner.processes import Order, rank, share
+from tuner.processes import Order, share
 from tuner.steer import Helm
 
 logger = logging.getLogger(__name__)
@@ -33,18 +35,25 @@ OPTIMIZERS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}
 
 
 def guarded(event: Callable[..., None]) -> Callable[..., None]:
-    """Fail open: an exception in the tuner switches it off and leaves the user's run alone."""
+    """Fail open: an exception in the tuner switches it off and leaves the user's run alone.
+
+    One process must not leave alone, or the others wait for it: there the tuner goes on, and all
+    leave together at the next decision.
+    """
 
     @functools.wraps(event)
     def run(self: "TunerCallback", args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._live:
             return
         try:
-            if self._eyes.error is not None:
+            if self._eyes.error is not None and not self._many:
                 raise self._eyes.error
             event(self, args, state, control, **kwargs)
         except Exception as error:
-            self._give_up(error, state.global_step)
+            if self._many:
+                self._failure = self._failure or error
+            else:
+                self._give_up(error, state.global_step)
 
     return run
 
@@ -57,6 +66,13 @@ class TunerCallback(TrainerCallback, ExportableState):
     losses are the user's evaluations, or those of ``eval_dataset``'s first ``eval_rows`` rows,
     evaluated by the callback before each decision. Resuming from a checkpoint is exact.
 
+    With several processes (DDP, FSDP2) rank 0 decides on the figures of all, and all carry it out.
+
+    Where the loss is computed outside of the model, as TRL's Trainers do, a callback cannot see it:
+    it goes by the logged losses, and asks for one an interval. ``trainer=`` gives it each update's
+    loss, and validation losses on the Trainer's own evaluation data. Where there is a reward (GRPO,
+    RLOO) the loss is no measure: the cost is one less the logged reward.
+
     Arguments:
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
             (``models:/``, ``runs:/``), or a loaded policy.
@@ -67,6 +83,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         classes: number of classes; by default as the model's configuration has it.
         log: the audit log; by default ``tuner.jsonl`` in the Trainer's output folder.
         sha256: the policy file's hash, to pin it.
+        trainer: the Trainer that the callback is added to; it computes the losses then.
     """
 
     def __init__(
@@ -81,6 +98,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         classes: int | None = None,
         log: str | Path | None = None,
         sha256: str | None = None,
+        trainer: Any = None,
     ) -> None:
         self._limits = limits_of(mode)
         for name, count in (("eval_rows", eval_rows), ("decisions", decisions)):
@@ -90,6 +108,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._advise, self._eval_dataset, self._eval_rows = advise, eval_dataset, eval_rows
         self._decisions = decisions or int(self._policy.manifest.decisions)
         self._classes, self._log = classes, log
+        self._asked, self._trainer = decisions, trainer
+        self._deaf: Callable[[], None] | None = None  # takes the ear off the Trainer
         self._args = {
             "policy": str(policy) if isinstance(policy, str | Path) else "",
             "mode": mode,
@@ -109,34 +129,38 @@ class TunerCallback(TrainerCallback, ExportableState):
         """Look at the run, refuse one that cannot be steered, and take up a resumed one."""
         self._release()
         self._begun = self._live = False
+        self._failure: Exception | None = None
         try:
             self._begin(args, state, **kwargs)
         except SteersmanError:
             self._release()
             raise
         except Exception as error:
-            self._release()
+            self._failure = error
             logger.warning("the tuner failed and is off; your schedule rules: %s", error)
+        if share([], args.device, self._failure is not None)[1]:
+            self._begun = self._live = False
+            self._release()
 
     def _begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
         if model is None or optimizer is None:
             raise BadInput("trainer: optimizer: there is none; the tuner has nothing to steer")
-        for name in ("deepspeed", "fsdp"):
-            if getattr(args, name, None):
-                raise BadInput(f"trainer: {name}: not supported by the tuner; train without it")
+        _check(args, state, optimizer, self._asked)
+        if self._trainer is not None and self._trainer.args is not args:
+            raise BadInput("callback: trainer: not the one that trains; give that one")
         state.stateful_callbacks.setdefault(type(self).__name__, {})
         saved = _saved(state.stateful_callbacks[type(self).__name__])
         saved = saved if state.global_step > 0 else None
         base = saved["base_rates"] if saved else None
         self._rates = Rates(kwargs.get("lr_scheduler"), base)
         self._model, self._optimizer = model, optimizer
-        self._eyes = Eyes(model, args.gradient_accumulation_steps)
+        averaged = args.average_tokens_across_devices
+        self._eyes = Eyes(model, args.gradient_accumulation_steps, averaged)
+        self._many, self._gauge = world() > 1, Gauge()
         self._probe = probe.Probe()
-        self._slice = None
-        if self._eval_dataset is not None:
-            size = args.per_device_eval_batch_size
-            self._slice = Slice(self._eval_dataset, self._eval_rows, size)
+        self._slice = self._rows_of(args)
+        self._see_validation(args)
         self._loader = kwargs.get("train_dataloader")
         self._total = state.max_steps
         self._interval = max(1, math.ceil(self._total / self._decisions))
@@ -147,7 +171,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             decisions=math.ceil(self._total / self._interval),
             optimizer=self._knobs.optimizer,
             start_rate=self._rates.start,
-            **describe(model, self._loader, self._classes, self._total * args.train_batch_size),
+            **describe(model, self._loader, self._classes, self._total * _batch(args)),
         )
         self._rank = rank()
         log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG
@@ -165,8 +189,57 @@ class TunerCallback(TrainerCallback, ExportableState):
         if self._quiet:
             args.logging_nan_inf_filter = False
             logger.warning("logging_nan_inf_filter is off: it logs a loss of NaN as 0")
+        if self._trainer is not None and not self._rewarded:
+            self._listen(self._trainer)
         if not self._live:
             self._release()
+
+    @property
+    def _rewarded(self) -> bool:
+        """The Trainer is one of those whose loss is no measure."""
+        return hasattr(self._trainer, "reward_funcs")
+
+    def _rows_of(self, args: Any) -> Slice | None:
+        """What the callback evaluates itself."""
+        rows, judge = self._eval_dataset, None if self._rewarded else self._trainer
+        if rows is None and judge is not None:
+            rows = judge.eval_dataset
+            rows = next(iter(rows.values())) if isinstance(rows, dict) else rows
+            rows = rows if hasattr(rows, "__len__") and hasattr(rows, "__getitem__") else None
+        if rows is None:
+            return None
+        return Slice(rows, self._eval_rows, args.per_device_eval_batch_size, judge)
+
+    def _see_validation(self, args: Any) -> None:
+        """Without validation losses only policies that were trained for it go on."""
+        if self._slice is not None or args.eval_on_start or args.eval_strategy != "no":
+            return
+        ranges = {each.name: each for each in self._policy.manifest.features}
+        known = ranges.get("has_validation")
+        way_out = "give eval_dataset=, or let the Trainer evaluate (eval_strategy)"
+        if known is not None and known.low > 0:
+            raise BadInput(
+                "callback: eval_dataset: there is none, the Trainer evaluates nothing, and the "
+                f"policy was never trained without validation losses; {way_out}"
+            )
+        logger.warning("no validation losses: the tuner goes by training losses; %s", way_out)
+
+    def _listen(self, trainer: Any) -> None:
+        """Have each training step's loss told."""
+        step, own = trainer.training_step, "training_step" in vars(trainer)
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            loss = step(*args, **kwargs)
+            self._eyes.see_step(loss)
+            return loss
+
+        def deaf() -> None:
+            del trainer.training_step
+            if own:
+                trainer.training_step = step
+
+        trainer.training_step, self._deaf = training_step, deaf
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model and the arguments as they were found."""
@@ -206,6 +279,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         step = state.global_step
         if step == self._end():
             self._book.report = self._close(step)
+            if self._eyes.blind and self._deaf is None:
+                control.should_log = True
         look = step >= self._total or (step - self._book.last) % WATCH == 0
         self._watch(step, control, look)
 
@@ -218,14 +293,21 @@ class TunerCallback(TrainerCallback, ExportableState):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take note of the validation loss of the user's evaluation."""
         if self._slice is None:
-            self._book.note(kwargs["metrics"], state.global_step)
+            metrics = kwargs["metrics"]
+            if "eval_reward" in metrics:
+                metrics = {"eval_loss": self._gauge.cost(metrics, "eval_")}
+            self._book.note(metrics, state.global_step)
 
     @guarded
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The logged loss stands in where the model's output has none."""
-        loss = (kwargs.get("logs") or {}).get("loss")
-        if loss is not None and self._eyes.blind:
-            self._eyes.losses.append(float(loss))
+        if not self._eyes.blind or self._deaf is not None:
+            return
+        cost = self._gauge.cost(kwargs.get("logs") or {})
+        if cost is not None and (report := self._book.report) is not None:
+            self._book.report = replace(report, losses=(*report.losses, cost))
+        elif cost is not None:
+            self._eyes.losses.append(cost)
 
     # -- a decision ----------------------------------------------------------------------------
 
@@ -234,7 +316,7 @@ class TunerCallback(TrainerCallback, ExportableState):
 
     def _close(self, step: int) -> Progress:
         """The report of the updates since the last decision; the same figures as a `TorchJob`'s."""
-        gradient, clipped, update, cosine = self._probe.read()
+        gradient, clipped, update, cosine = self._probe.read(self._eyes.sharded)
         self._eyes.rest()
         return replace(
             self._glance(step), gradient=gradient, clipped=clipped, update=update, cosine=cosine
@@ -250,7 +332,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         if self._rank == 0:
             history = [*self._book.history, self._book.shown(report, None)]
             trouble = bool(alarm(history, self._limits, self._knobs.rate / self._rates.start))
-        if share([trouble], self._eyes.device)[0]:
+        (found,), failed = share([trouble], self._eyes.device, self._failing)
+        if found or failed:
             self._book.report = self._book.report or self._close(step)
             self._decide(step, fresh=False)
 
@@ -261,38 +344,57 @@ class TunerCallback(TrainerCallback, ExportableState):
             rate=self._knobs.rate,
             factor=self._rates.factor,
             losses=tuple(self._eyes.fetch()),
-            finite=finite(self._eyes.parameters),
+            finite=self._eyes.everywhere(finite(self._eyes.parameters)),
         )
 
     def _decide(self, step: int, fresh: bool = True) -> None:
         """One decision: rank 0 takes it, all carry it out. fresh: look at the validation loss."""
-        order = Order(self._rates.start, rollback=False, off=True, keep=False)
-        if self._rank == 0:
-            try:
-                order = self._think(step, fresh)
-            except Exception as error:
-                self._helm.fail(error, step)
-        order = Order(*share(order, self._eyes.device))
+        start = self._rates.start
+        order = Order(start, rollback=False, off=True, keep=False)
+        try:
+            self._book.report = self._book.report or self._glance(step)
+            value = self._validation() if fresh else None
+            if self._rank == 0:
+                order = self._think(step, value)
+        except Exception as error:
+            self._failure = self._failure or error
+        numbers, failed = share(order, self._eyes.device, self._failing)
+        order = Order(*numbers)
+        if failed:
+            error = self._failure or self._eyes.error or RuntimeError("another process failed")
+            self._helm.fail(error, step)
+            order = Order(start, rollback=False, off=True, keep=False)
         self._eyes.losses, self._book.report = [], None
         self._book.last, self._book.next = step, (step // self._interval + 1) * self._interval
         if not self._advise:
+            if order.rate != self._knobs.rate:
+                self._turn(order.rate)
             if order.keep:
                 self._snapshot = remember(self._eyes.parameters, into=self._snapshot)
             if order.rollback and self._snapshot is not None:
                 recall(self._snapshot, self._eyes.parameters, self._optimizer)
-            if order.rate != self._knobs.rate:
-                self._turn(order.rate)
+                self._eyes.reshard()
         if order.off:
             self._live = False
             self._release()
 
-    def _think(self, step: int, fresh: bool) -> Order:
-        """Observe, ask, and say what is to be done."""
-        book, value = self._book, None
-        if fresh and self._slice is not None:
-            value = self._slice.loss(self._model, self._optimizer, self._loader)
-        elif fresh:
-            value = book.news()
+    @property
+    def _failing(self) -> bool:
+        return self._failure is not None or self._eyes.error is not None
+
+    def _validation(self) -> float | None:
+        """The latest validation loss, if it is a new one."""
+        if self._slice is None:
+            return self._book.news()
+        if self._rank != 0 and not self._eyes.sharded and self._trainer is None:
+            return None
+        loss = self._slice.loss(self._model, self._optimizer, self._loader)
+        self._eyes.reshard()
+        return loss
+
+    def _think(self, step: int, value: float | None) -> Order:
+        """Observe, ask, and say what is to be done. value: a new validation loss."""
+        book = self._book
         book.add(book.shown(book.report or self._glance(step), value))
         trouble = alarm(book.history, self._limits, self._knobs.rate / self._rates.start)
         # A policy rolls back to the very best, as in its training; the guard to a little before.
@@ -319,7 +421,9 @@ class TunerCallback(TrainerCallback, ExportableState):
     def _release(self) -> None:
         if hasattr(self, "_eyes"):
             self._eyes.close()
-        self._snapshot = None
+        if self._deaf is not None:
+            self._deaf()
+        self._deaf, self._snapshot = None, None
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -336,6 +440,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             "kept": self._snapshot is not None,
             "own_evaluation": self._slice is not None,
             "total": self._total,
+            "bounded": self._gauge.bounded,
         }
         return {"args": self._args, "attributes": {"saved": saved}}
 
@@ -353,22 +458,54 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._eyes.losses = list(saved["losses"])
         if not self._advise:
             self._turn(saved["rate"])
+        self._gauge = Gauge(saved.get("bounded"))
         folder = _folder(args, step)
-        gradient, self._snapshot = read_weights(folder / WEIGHTS, step, self._eyes)
+        gradient, self._snapshot = read_weights(folder / self._weights, step, self._eyes)
         self._eyes.last_gradient = gradient
         if gradient is not None:
             self._probe.gradient(gradient)
+        if not self._eyes.everywhere(self._snapshot is not None):
+            self._snapshot = None
         if saved["kept"] and self._snapshot is None:
             logger.warning("%s: the best weights are not there: these take their place", folder)
             self._snapshot = remember(self._eyes.parameters)
+
+    @property
+    def _weights(self) -> str:
+        """Under FSDP each process keeps its own."""
+        return f"{self._rank}.{WEIGHTS}" if self._eyes.sharded else WEIGHTS
 
     @guarded
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the weights to come back to beside the checkpoint."""
         folder = _folder(args, state.global_step)
         sample = self._eyes.last_gradient if self._eyes.watching else None
-        if self._rank == 0 and folder.is_dir() and (self._snapshot or sample is not None):
-            write_weights(folder / WEIGHTS, state.global_step, sample, self._snapshot or [])
+        mine = self._rank == 0 or self._eyes.sharded
+        if mine and folder.is_dir() and (self._snapshot or sample is not None):
+            write_weights(folder / self._weights, state.global_step, sample, self._snapshot or [])
+
+
+def _check(args: Any, state: Any, optimizer: Any, asked: int | None) -> None:
+    """Refuse what cannot be steered."""
+    engine = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", "")
+    engine = "deepspeed" if args.deepspeed else str(getattr(engine, "value", engine)).lower()
+    if engine in ("deepspeed", "megatron_lm", "xla"):
+        raise BadInput(f"trainer: {engine}: not supported by the tuner; train with DDP or FSDP2")
+    if state.max_steps < 1:
+        raise BadInput(
+            f"trainer: max_steps: {state.max_steps} leaves nothing to steer; ask for 1 update or "
+            "more"
+        )
+    if asked is not None and asked > state.max_steps:
+        raise BadInput(
+            f"callback: decisions: {asked} are more than the run's {state.max_steps} updates; give "
+            f"{state.max_steps} at most, or leave it out"
+        )
+
+
+def _batch(args: Any) -> int:
+    """Rows of an update, of all processes."""
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _load(given: str | Path | Pilot, sha256: str | None) -> Pilot:

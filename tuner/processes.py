@@ -1,13 +1,15 @@
-"""Processes: rank 0 decides, and all carry it out."""
+"""Orders: rank 0 decides, and all processes carry it out."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from envs.processes import rank, total
+
 
 class Order(NamedTuple):
-    """What all processes carry out; numbers, so that it can be broadcast."""
+    """What all processes carry out; numbers, so that it can be shared."""
 
     rate: float  # peak
     rollback: float
@@ -15,25 +17,11 @@ class Order(NamedTuple):
     keep: float  # take a snapshot first
 
 
-def rank() -> int:
-    """This process's number; 0 decides."""
-    return torch.distributed.get_rank() if _many() else 0
-
-
-def share(numbers: Iterable[float], device: torch.device) -> list[float]:
-    """Rank 0's numbers on every process."""
-    values = [float(number) for number in numbers]
-    if not _many():
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.broadcast(tensor, 0)
-    return tensor.tolist()
-
-
-def _many() -> bool:
-    distributed = torch.distributed
-    return bool(
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
+def share(
+    numbers: Iterable[float], device: torch.device, failed: bool = False
+) -> tuple[list[float], bool]:
+    """Rank 0's numbers, and whether the tuner failed on any process: the same on all of them."""
+    mine = [float(number) if rank() == 0 else 0.0 for number in numbers]
+    tensor = torch.tensor([*mine, float(failed)], dtype=torch.float64, device=device)
+    *shared, failures = total(tensor).tolist()
+    return shared, failures > 0

@@ -1,0 +1,255 @@
+"""The callback over TRL's Trainers, whose losses are computed outside of the model."""
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    TrainerCallback,
+)
+from transformers.utils import logging as transformers_logging
+
+from envs.errors import BadInput
+from envs.knobs import Actions
+from envs.observe import FEATURES
+from tuner.callback import LOG, TunerCallback
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL's own
+
+STEPS, EVERY = 8, 2
+PLACE = {feature.name: i for i, feature in enumerate(FEATURES)}
+KEEP, UP = 3, 4
+
+
+class Pilot:
+    """Raises the rate at every decision but the first, and remembers what it saw."""
+
+    def __init__(self, low=0.0):
+        features = [SimpleNamespace(name=f.name, low=low, mean=0, deviation=1) for f in FEATURES]
+        self.manifest = SimpleNamespace(actions=Actions(), decisions=4, features=features)
+        self.sha256, self.seen = "5" * 64, []
+
+    def act(self, observation):
+        self.seen.append(observation)
+        return UP if observation[0] > 0 else KEEP
+
+    def outside(self, observation):
+        return []
+
+
+class Look(TrainerCallback):
+    """Rates used, losses logged, and what the tuner made of each interval."""
+
+    def __init__(self):
+        self.rates, self.losses, self.tuner, self.reports = [], {}, None, []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses[state.global_step] = logs["loss"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    yield
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    found = tiny.tokenizer()
+    found.eos_token = "[SEP]"
+    folder = tmp_path_factory.mktemp("tokenizer")
+    found.save_pretrained(folder)
+    return type(found).from_pretrained(folder)
+
+
+def model_of(words, kind=LlamaForCausalLM):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64,
+        pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id,
+        bos_token_id=words.cls_token_id, num_labels=1,
+    )  # fmt: skip
+    folder = Path(words.name_or_path) / kind.__name__
+    if not folder.exists():  # TRL reads the reference model from the disk
+        kind(config).save_pretrained(folder)
+    return kind.from_pretrained(folder)
+
+
+def texts(count=32):
+    rng = random.Random(0)
+    return [" ".join(rng.choice(tiny.FILLER) for _ in range(5)) for _ in range(count)]
+
+
+def rows(name):
+    """A few rows in the form that the Trainer wants."""
+    good = [f" {rngword} cat dog" for rngword in texts()]
+    bad = [f" {rngword} saw drill" for rngword in texts()]
+    pairs = {"prompt": texts(), "chosen": good, "rejected": bad}
+    if name == "Reward":
+        pairs.pop("prompt")
+    found = {
+        "SFT": {"text": texts()},
+        "KTO": {"prompt": texts(), "completion": good, "label": [i % 2 == 0 for i in range(32)]},
+        "GRPO": {"prompt": texts()},
+        "RLOO": {"prompt": texts()},
+    }
+    return datasets.Dataset.from_dict(found.get(name, pairs))
+
+
+def reward(completions, **kwargs):
+    """The share of words that are short."""
+    return [sum(len(w) < 4 for w in c.split()) / (len(c.split()) + 1) for c in completions]
+
+
+def trainer_of(name, words, folder, **more):
+    kind = LlamaForSequenceClassification if name == "Reward" else LlamaForCausalLM
+    reinforced = name in ("GRPO", "RLOO")
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": STEPS,
+        "per_device_eval_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True, "bf16": False,
+        "lr_scheduler_type": "constant", "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "seed": 1,
+    } | ({"num_generations": 4, "max_completion_length": 6} if reinforced else {}) | more  # fmt: skip
+    extra = {"reward_funcs": settings.pop("reward", reward)} if reinforced else {}
+    data = rows(name)
+    look = Look()
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model_of(words, kind), args=getattr(trl, f"{name}Config")(**settings),
+        train_dataset=data, eval_dataset=data.select(range(16)), processing_class=words,
+        callbacks=[look], **extra,
+    )  # fmt: skip
+    trainer.look = look
+    return trainer
+
+
+def steer(trainer, given=True, **more):
+    """Runs it; what the tuner was told of the losses, interval by interval."""
+
+    class Noting(TunerCallback):
+        def _think(self, step, value):
+            told.append((self._book.report.losses, value))
+            return super()._think(step, value)
+
+    told, pilot = [], Pilot()
+    callback = Noting(pilot, mode="explore", trainer=trainer if given else None, **more)
+    trainer.add_callback(callback)
+    trainer.train()
+    return told, np.array(pilot.seen)
+
+
+ALL = [
+    "SFT", "DPO", "Reward", pytest.param("KTO", marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_with_the_trainer_each_updates_loss_is_seen(words, tmp_path, name):
+    trainer = trainer_of(name, words, tmp_path, gradient_accumulation_steps=2)
+    step = trainer.training_step
+    told, seen = steer(trainer)
+    assert len(told) == STEPS // EVERY
+    losses = [loss for interval, _ in told for loss in interval]
+    logged = [trainer.look.losses[i + 1] for i in range(len(losses))]
+    assert len(losses) == STEPS - EVERY
+    np.testing.assert_allclose(losses, logged, rtol=1e-4)
+    # Validation losses are the Trainer's own, and leave its figures alone.
+    assert all(math.isfinite(value) for _, value in told)
+    assert seen[:, PLACE["has_validation"]].all()
+    assert told[-1][1] < told[0][1]
+    rates = trainer.look.rates
+    assert rates[:: EVERY] == pytest.approx([5e-3, 8e-3, 12.8e-3, 20.48e-3])
+    assert trainer.training_step == step
+    final = trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+    assert final < told[0][1]
+
+
+def test_the_validation_loss_is_that_of_the_trainer(words, tmp_path):
+    trainer = trainer_of("DPO", words, tmp_path, eval_on_start=True)
+    told, _ = steer(trainer)
+    first = next(log for log in trainer.state.log_history if "eval_loss" in log)
+    assert told[0][1] == pytest.approx(first["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_without_the_trainer_the_log_tells(words, tmp_path, every):
+    """At least one loss an interval, whatever the user logs; and the user's own evaluations."""
+    trainer = trainer_of(
+        "Reward", words, tmp_path, logging_steps=every, eval_strategy="steps", eval_steps=4
+    )
+    told, seen = steer(trainer, given=False)
+    assert all(interval for interval, _ in told[1:])
+    assert seen[:, PLACE["has_validation"]].tolist() == [0, 0, 1, 1]
+    logged = [trainer.look.losses[step] for step in sorted(trainer.look.losses) if step <= 6]
+    np.testing.assert_allclose([x for interval, _ in told for x in interval], logged)
+    assert trainer.look.rates[-1] == pytest.approx(20.48e-3)
+
+
+REINFORCED = ["RLOO", pytest.param("GRPO", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", REINFORCED)
+def test_a_reward_is_the_measure_where_there_is_one(words, tmp_path, caplog, name, given):
+    trainer = trainer_of(name, words, tmp_path)
+    told, _ = steer(trainer, given=given)
+    rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
+    costs = [x for interval, _ in told for x in interval]
+    np.testing.assert_allclose(costs, [1 - r for r in rewards[: len(costs)]], rtol=1e-6)
+    assert len(costs) == STEPS - EVERY
+    assert "reward" not in caplog.text
+    assert len((tmp_path / LOG).read_text().splitlines()) == STEPS // EVERY
+
+
+@pytest.mark.slow
+def test_rewards_out_of_range_are_said_to_be(words, tmp_path, caplog):
+    def far(completions, **kwargs):
+        return [-7.0 for _ in completions]
+
+    trainer = trainer_of("RLOO", words, tmp_path, reward=far)
+    told, _ = steer(trainer, given=False)
+    assert [x for interval, _ in told for x in interval] == pytest.approx(
+        [7 + math.log1p(math.exp(-7))] * 6
+    )
+    assert caplog.text.count("-7 is outside [0, 1]") == 1
+
+
+def test_another_trainer_is_refused(words, tmp_path):
+    trainer, other = (trainer_of("Reward", words, tmp_path / x) for x in "ab")
+    trainer.add_callback(TunerCallback(Pilot(), trainer=other))
+    with pytest.raises(BadInput, match="callback: trainer: not the one that trains"):
+        trainer.train()
+
+
+def test_a_policy_that_needs_validation_losses_gets_them_of_the_trainer(words, tmp_path):
+    trainer = trainer_of("Reward", words, tmp_path / "a")
+    trainer.add_callback(TunerCallback(Pilot(low=1.0)))
+    with pytest.raises(BadInput, match="never trained without validation losses; give eval_data"):
+        trainer.train()
+    trainer = trainer_of("Reward", words, tmp_path / "b")
+    trainer.add_callback(TunerCallback(Pilot(low=1.0), trainer=trainer))
+    trainer.train()
+    lines = (tmp_path / "b" / LOG).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 6]

@@ -1,0 +1,39 @@
+"""Gauge: what a line of the Trainer's log says of the cost, where no loss can be seen."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LEAST = 1e-3  # of 1 - reward, so that it has a logarithm
+
+
+@dataclass
+class Gauge:
+    """The loss; but the reward where there is one, as with GRPO and RLOO: there it is no measure.
+
+    ``1 - reward`` if the run's first reward is within [0, 1], else ``log(1 + exp(-reward))``.
+    """
+
+    bounded: bool | None = None  # rewards are within [0, 1]; None before the first
+
+    def cost(self, logs: Mapping[str, Any], prefix: str = "") -> float | None:
+        """Lower is better, above 0; None where the line has none."""
+        reward, loss = logs.get(f"{prefix}reward"), logs.get(f"{prefix}loss")
+        if reward is None:
+            return None if loss is None else float(loss)
+        reward = float(reward)
+        if self.bounded is None and math.isfinite(reward):
+            self.bounded = 0.0 <= reward <= 1.0
+            if not self.bounded:
+                logger.warning(
+                    "reward: %.4g is outside [0, 1]: the tuner goes by log(1 + exp(-reward)), and "
+                    "sees little of rewards far from 0; scale them to [0, 1]",
+                    reward,
+                )
+        if self.bounded:
+            return max(1.0 - reward, LEAST)
+        return max(-reward, 0.0) + math.log1p(math.exp(-abs(reward)))
