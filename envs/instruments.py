@@ -85,7 +85,8 @@ class Eyes:
         self.sampled = probe.sampled(trained)
         self.device = self.parameters[0].device
         self.losses: list[Any] = []  # one an update; tensors until they are fetched
-        self.blind = False  # the model's output has no loss, or not the one that is trained
+        self.blind = False  # the model's output has no loss that counts
+        self.foreign = False  # it has one, but another is trained
         self.error: Exception | None = None
         self.watching = False
         self.last_gradient: Tensor | None = None
@@ -108,7 +109,7 @@ class Eyes:
                 self.blind = True
                 return
             if self._trained is None and loss.requires_grad:
-                loss.register_hook(self._on_backward)
+                loss.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
             if self._scaled is None:
                 self._inputs = (args, kwargs)
             self._parts.append(loss.detach().float().clone())
@@ -128,7 +129,8 @@ class Eyes:
         With several processes it is the loss of all of them, and each has to call this.
         """
         if self._parts and not self._trained:  # as with DPO, whose loss is made of log-likelihoods
-            self.blind, self._parts, self._inputs = True, [], ((), {})
+            self.blind = self.foreign = True
+            self._parts, self._inputs = [], ((), {})
         if self._parts and self._scaled is None:
             self._scaled = _is_share(self._model, *self._inputs)
             self._inputs = ((), {})
@@ -287,7 +289,7 @@ def _metrics_of(trainer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if kept is not None:
+        if metrics is not None:
             metrics.clear()
             metrics.update(kept)
 

@@ -105,13 +105,23 @@ class Break(TrainerCallback):
             self.tuner._eyes.error = RuntimeError("no memory here")
 
 
+def outside(outputs, labels, num_items_in_batch=None):
+    """A loss that the model knows nothing of."""
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+
+
 def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=True, broken=0,
-        plain=False, **more):  # fmt: skip
-    """-> rates, observations and weights, and writes them to a file for this process."""
+        plain=False, given=False, **more):  # fmt: skip
+    """-> rates, observations and weights, and writes them to a file for this process.
+
+    own: the tuner has validation rows. broken: the step at which it breaks on one process. given:
+    it is given the Trainer, which computes the loss outside of the model.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     pilot, look = Pilot(), Look()
     rows = Rows(kind, 32, 1) if own else None
+    loss = outside if given else None
     tuner = TunerCallback(pilot, mode="explore", eval_dataset=rows)
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": micro, "max_steps": STEPS,
@@ -126,10 +136,11 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_NPU
     trainer = InOrder(
         model=model_of(kind), args=arguments,
-        train_dataset=Rows(kind, STEPS * BATCH, 0),
+        train_dataset=Rows(kind, STEPS * BATCH, 0), compute_loss_func=loss,
         callbacks=[look, *([] if plain else [tuner]), *([Break(tuner, broken)] if broken else [])],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    tuner._trainer = trainer if given else None
     if accumulation > 1 and kind == "bert":
         trainer.loss_is_scaled_for_ga = False
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -140,7 +151,7 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
     weights = [w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for w in weights]
     found = {"rates": look.rates, "seen": np.array(pilot.seen), "weights": weights,
              "sharded": sharded, "off": tuner._begun and tuner._helm.off,
-             "logs": [log["loss"] for log in trainer.state.log_history if "loss" in log]}  # fmt: skip
+             "logs": [x["loss"] for x in trainer.state.log_history if "loss" in x]}  # fmt: skip
     torch.save(found, Path(folder) / f"rank{trainer.args.process_index}-{resume}.pt")
     return found
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     BertConfig,
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import tuner.callback
-from envs import workload
+from envs import shards, workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.job import batches, spread
@@ -34,6 +35,7 @@ from envs.task import Task
 from tuner import policy as artifacts
 from tuner.audit import replay
 from tuner.callback import LOG, TunerCallback
+from tuner.gauge import Gauge
 
 KEEP, ROLLBACK, TENTH, TENFOLD = 3, 7, 0, 6
 STEPS, BATCH, EVERY = 30, 8, 3
@@ -498,9 +500,9 @@ def test_accumulated_micro_batches_make_the_losses_of_the_big_batch(task, tmp_pa
         policy = Stub(by_turns(4, KEEP, 2))
 
         class Look(TunerCallback):
-            def _think(self, step, fresh):
-                seen.extend(self._book.report.losses if self._book.report else ())
-                return super()._think(step, fresh)
+            def _think(self, step, value):
+                seen.extend(self._book.report.losses)
+                return super()._think(step, value)
 
         def prepare(trainer):
             if model is not None:
@@ -600,6 +602,152 @@ def test_runs_that_cannot_be_steered_are_refused_at_once(task, tmp_path, args):
     with pytest.raises(BadInput) as caught:
         train(task, tmp_path, TunerCallback(Stub()), **args)
     assert "\n" not in str(caught.value)
+
+
+def test_a_policy_never_trained_without_validation_losses_needs_some(task, tmp_path, caplog):
+    def policy(low):
+        found = Stub()
+        found.manifest.features = [
+            SimpleNamespace(name=f.name, low=low, mean=0.0, deviation=1.0) for f in FEATURES
+        ]
+        return found
+
+    with pytest.raises(BadInput, match=r"callback: eval_dataset: there is none.*; give eval_data"):
+        train(task, tmp_path, TunerCallback(policy(1.0)))
+    train(task, tmp_path, TunerCallback(policy(1.0), eval_dataset=own(task)))
+    train(task, tmp_path, TunerCallback(policy(1.0)), eval_strategy="steps", eval_steps=3)
+    assert "no validation losses" not in caplog.text
+    train(task, tmp_path, TunerCallback(policy(0.0)))
+    assert caplog.text.count("no validation losses: the tuner goes by training losses; give") == 1
+
+
+def test_more_decisions_than_updates_and_runs_of_none_are_refused(task, tmp_path):
+    with pytest.raises(BadInput, match=r"decisions: 31 are more than the run's 30 .*; give 30"):
+        train(task, tmp_path, TunerCallback(Stub(), decisions=31))
+    callback = TunerCallback(Stub(), decisions=30)
+    train(task, tmp_path, callback)
+    assert len(lines(tmp_path)) == STEPS
+    with pytest.raises(BadInput, match="max_steps: 0 leaves nothing to steer; ask for 1"):
+        train(task, tmp_path, TunerCallback(Stub()), max_steps=-1, num_train_epochs=0)
+    # A policy of more decisions than the run has updates decides at each.
+    train(task, tmp_path, TunerCallback(Stub(decisions=50)))
+    assert len(lines(tmp_path)) == STEPS
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_keep_the_weights_to_themselves_are_refused(task, tmp_path, engine):
+    def prepare(trainer):
+        wrap = trainer.accelerator.prepare_optimizer
+
+        def prepared(*args, **kwargs):
+            optimizer = wrap(*args, **kwargs)
+            optimizer.accelerator_state = SimpleNamespace(distributed_type=DistributedType[engine])
+            return optimizer
+
+        trainer.accelerator.prepare_optimizer = prepared
+
+    with pytest.raises(BadInput, match=f"trainer: {engine.lower()}: not supported .*; train with"):
+        train(task, tmp_path, TunerCallback(Stub()), before=prepare)
+
+
+def test_weights_that_are_spread_in_ways_that_cannot_be_read_are_refused():
+    model = torch.nn.Linear(2, 2)
+    model.weight._local_tensor = torch.zeros(1, 2)
+    with pytest.raises(BadInput, match=r"trainer: model: its weights are spread .*; use FSDP2 or"):
+        shards.sharded(model)
+
+    class FullyShardedDataParallel(torch.nn.Sequential):
+        pass
+
+    with pytest.raises(BadInput, match=r"trainer: fsdp: version 1 .*; set version 2"):
+        shards.sharded(FullyShardedDataParallel(torch.nn.Linear(2, 2)))
+
+
+def test_what_a_log_line_says_of_the_cost(caplog):
+    assert Gauge().cost({"loss": -0.5, "eval_loss": 2.0}) == -0.5
+    assert Gauge().cost({"loss": -0.5, "eval_loss": 2.0}, "eval_") == 2.0
+    assert Gauge().cost({"train_loss": 1.0}) is None
+    inside = Gauge()
+    lines = [{"loss": 9.0, "reward": r} for r in (None, math.nan, 0.25, 1.0, 3.0, -0.5)]
+    assert [inside.cost(line) for line in lines] == [None, None, 0.75, 1e-3, 1e-3, 1.5]
+    assert not caplog.text
+    outside = Gauge()
+    costs = [outside.cost({"reward": r}) for r in (2.0, 0.0, -800.0)]
+    assert costs == pytest.approx([math.log1p(math.exp(-2)), math.log(2), 800.0])
+    assert caplog.text.count("outside [0, 1]") == 1
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_each_trial_of_a_search_is_a_run_of_its_own(task, tmp_path):
+    """A model, an optimizer and a rate of its own for each; the log is the latest's."""
+    data, policy, recorder = workload.load(task), Stub(always(4)), Recorder()
+    rows = Rows(data.rows["train"], range(48))
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    trainer = Trainer(
+        model_init=lambda: BertForSequenceClassification(config(num_labels=3)),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=BATCH, max_steps=6,
+            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+            lr_scheduler_type="constant", eval_strategy="steps", eval_steps=2,
+        ),
+        train_dataset=rows, eval_dataset=rows, data_collator=collate,
+        callbacks=[TunerCallback(policy, mode="explore", decisions=3), recorder],
+    )  # fmt: skip
+    try:
+        best = trainer.hyperparameter_search(
+            lambda trial: {"learning_rate": trial.suggest_categorical("rate", [1e-3, 1e-4])},
+            backend="optuna", n_trials=2, direction="minimize",
+        )  # fmt: skip
+    finally:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        random.setstate(state[2])
+    assert math.isfinite(best.objective)
+    steps = np.array(recorder.rates).reshape(2, 6)
+    np.testing.assert_allclose(steps / steps[:, :1], [[1, 1, 1.6, 1.6, 2.56, 2.56]] * 2)
+    assert len(policy.seen) == 6
+    assert len(lines(tmp_path)) == len((tmp_path / f"{LOG}.old").read_text().splitlines()) == 3
+
+
+def test_an_encoder_decoder_under_its_own_trainer(tmp_path):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config
+    from transformers import T5ForConditionalGeneration as Model
+
+    torch.manual_seed(0)
+    model = Model(
+        T5Config(
+            vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": (x := rng.integers(2, 20, 6).tolist()), "labels": x[::-1]}
+            for _ in range(64)]  # fmt: skip
+    told, recorder = [], Recorder()
+
+    class Look(TunerCallback):
+        def _think(self, step, value):
+            told.append((self._book.report.losses, value))
+            return super()._think(step, value)
+
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, logging_steps=1,
+            gradient_accumulation_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True,
+            disable_tqdm=True, save_strategy="no", predict_with_generate=True,
+        ),
+        train_dataset=rows, data_collator=lambda batch: {
+            name: torch.tensor([row[name] for row in batch]) for name in batch[0]
+        },
+        callbacks=[recorder, Look(Stub(always(4)), eval_dataset=rows[:16], decisions=4)],
+    )  # fmt: skip
+    trainer.loss_is_scaled_for_ga = False  # T5's is not, whatever the Trainer thinks
+    trainer.train()
+    losses = [loss for interval, _ in told for loss in interval]
+    np.testing.assert_allclose(losses, [loss for loss, _ in recorder.losses[:6]], rtol=1e-4)
+    assert told[-1][1] < told[0][1]
+    assert recorder.rates[2] == pytest.approx(1e-2 * 1.5**2 * 6 / 8)
 
 
 def test_the_shipped_policy_steers_by_its_name(task, tmp_path):

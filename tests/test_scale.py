@@ -55,7 +55,8 @@ def same(two, one):
 def resumed(whole, again, at):
     assert again["rates"] == whole["rates"][at:]
     assert equal(again["weights"], whole["weights"])
-    np.testing.assert_array_equal(again["seen"], whole["seen"][len(whole["seen"]) - len(again["seen"]) :])  # fmt: skip
+    known = len(whole["seen"]) - len(again["seen"])
+    np.testing.assert_array_equal(again["seen"], whole["seen"][known:])
 
 
 def test_two_processes_are_one_with_the_same_batch(tmp_path):
@@ -63,11 +64,13 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
     runs = (
         ("bert", {"micro": 4}),
         ("llama", {"kind": "llama", "micro": 2, "accumulation": 2}),
+        ("outside", {"micro": 4, "given": True}),
         ("broken", {"micro": 4, "broken": 7}),
     )
-    (bert, llama, broken), errors = launch(tmp_path, *runs)
+    (bert, llama, outside, broken), errors = launch(tmp_path, *runs)
     same(bert, ranks.run(tmp_path / "one"))
     same(llama, ranks.run(tmp_path / "big", kind="llama"))
+    same(outside, ranks.run(tmp_path / "outside one", given=True))
     assert len(set(bert[0]["rates"])) == ranks.STEPS
     # What breaks on one process switches the tuner off on both, at the next decision.
     plain = ranks.run(tmp_path / "plain", plain=True)

@@ -29,6 +29,7 @@ datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL's own
 
 STEPS, EVERY = 8, 2
+Plain = TunerCallback
 PLACE = {feature.name: i for i, feature in enumerate(FEATURES)}
 KEEP, UP = 3, 4
 
@@ -50,10 +51,10 @@ class Pilot:
 
 
 class Look(TrainerCallback):
-    """Rates used, losses logged, and what the tuner made of each interval."""
+    """Rates used, and losses logged."""
 
     def __init__(self):
-        self.rates, self.losses, self.tuner, self.reports = [], {}, None, []
+        self.rates, self.losses = [], {}
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         self.rates.append(float(optimizer.param_groups[0]["lr"]))
@@ -105,8 +106,8 @@ def texts(count=32):
 
 def rows(name):
     """A few rows in the form that the Trainer wants."""
-    good = [f" {rngword} cat dog" for rngword in texts()]
-    bad = [f" {rngword} saw drill" for rngword in texts()]
+    good = [f" {text} cat dog" for text in texts()]
+    bad = [f" {text} saw drill" for text in texts()]
     pairs = {"prompt": texts(), "chosen": good, "rejected": bad}
     if name == "Reward":
         pairs.pop("prompt")
@@ -132,7 +133,9 @@ def trainer_of(name, words, folder, **more):
         "per_device_eval_batch_size": 8, "learning_rate": 5e-3, "use_cpu": True, "bf16": False,
         "lr_scheduler_type": "constant", "report_to": "none", "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "seed": 1,
-    } | ({"num_generations": 4, "max_completion_length": 6} if reinforced else {}) | more  # fmt: skip
+    } | more  # fmt: skip
+    if reinforced:
+        settings |= {"num_generations": 4, "max_completion_length": 6}
     extra = {"reward_funcs": settings.pop("reward", reward)} if reinforced else {}
     data = rows(name)
     look = Look()
@@ -148,13 +151,13 @@ def trainer_of(name, words, folder, **more):
 def steer(trainer, given=True, **more):
     """Runs it; what the tuner was told of the losses, interval by interval."""
 
-    class Noting(TunerCallback):
+    class TunerCallback(Plain):  # its name is in checkpoints
         def _think(self, step, value):
             told.append((self._book.report.losses, value))
             return super()._think(step, value)
 
     told, pilot = [], Pilot()
-    callback = Noting(pilot, mode="explore", trainer=trainer if given else None, **more)
+    callback = TunerCallback(pilot, mode="explore", trainer=trainer if given else None, **more)
     trainer.add_callback(callback)
     trainer.train()
     return told, np.array(pilot.seen)
@@ -180,7 +183,7 @@ def test_with_the_trainer_each_updates_loss_is_seen(words, tmp_path, name):
     assert seen[:, PLACE["has_validation"]].all()
     assert told[-1][1] < told[0][1]
     rates = trainer.look.rates
-    assert rates[:: EVERY] == pytest.approx([5e-3, 8e-3, 12.8e-3, 20.48e-3])
+    assert rates[::EVERY] == pytest.approx([5e-3, 8e-3, 12.8e-3, 20.48e-3])
     assert trainer.training_step == step
     final = trainer.evaluate(trainer.eval_dataset)["eval_loss"]
     assert final < told[0][1]
@@ -205,6 +208,24 @@ def test_without_the_trainer_the_log_tells(words, tmp_path, every):
     logged = [trainer.look.losses[step] for step in sorted(trainer.look.losses) if step <= 6]
     np.testing.assert_allclose([x for interval, _ in told for x in interval], logged)
     assert trainer.look.rates[-1] == pytest.approx(20.48e-3)
+
+
+def test_validation_losses_of_another_objective_are_not_used(words, tmp_path, caplog):
+    """DPO's model gives the loss of plain language modelling besides; nobody trains it."""
+    rows = [{"prompt_ids": [5, 6, 7, 8]}] * 4
+
+    def plain(batch):
+        ids = torch.tensor([row["prompt_ids"] for row in batch])
+        return {"input_ids": ids, "labels": ids}
+
+    trainer = trainer_of("DPO", words, tmp_path)
+    pairs = trainer.data_collator
+    trainer.data_collator = lambda batch: (pairs if "chosen_ids" in batch[0] else plain)(batch)
+    told, seen = steer(trainer, given=False, eval_dataset=rows)
+    assert told[0][1] is not None
+    assert [value for _, value in told[1:]] == [None] * 3
+    assert seen[:, PLACE["has_validation"]].tolist() == [1, 0, 0, 0]
+    assert caplog.text.count("eval_dataset is not used") == 1
 
 
 REINFORCED = ["RLOO", pytest.param("GRPO", marks=pytest.mark.slow)]
@@ -234,6 +255,24 @@ def test_rewards_out_of_range_are_said_to_be(words, tmp_path, caplog):
         [7 + math.log1p(math.exp(-7))] * 6
     )
     assert caplog.text.count("-7 is outside [0, 1]") == 1
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_resumed_run_is_the_uninterrupted_one(words, tmp_path, given):
+    """In the middle of an interval and, with losses of the log, at its end."""
+    for save in (3, 4):
+        more = {"save_strategy": "steps", "save_steps": save}
+        whole, again = (trainer_of("Reward", words, tmp_path, **more) for _ in range(2))
+        _, seen = steer(whole, given)
+        trainer, pilot = again, Pilot()
+        callback = TunerCallback(pilot, mode="explore", trainer=trainer if given else None)
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{save}"))
+        assert trainer.look.rates == whole.look.rates[save:]
+        np.testing.assert_array_equal(pilot.seen, seen[-len(pilot.seen) :])
+        assert len(pilot.seen) == 2
+        for one, other in zip(whole.model.parameters(), trainer.model.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_another_trainer_is_refused(words, tmp_path):

@@ -160,6 +160,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._many, self._gauge = world() > 1, Gauge()
         self._probe = probe.Probe()
         self._slice = self._rows_of(args)
+        self._own = self._slice is not None
         self._see_validation(args)
         self._loader = kwargs.get("train_dataloader")
         self._total = state.max_steps
@@ -224,6 +225,15 @@ class TunerCallback(TrainerCallback, ExportableState):
             )
         logger.warning("no validation losses: the tuner goes by training losses; %s", way_out)
 
+    def _drop_slice(self) -> None:
+        """What it found is the loss of another objective."""
+        logger.warning(
+            "eval_dataset is not used: the model's own loss is not the one that is trained; give "
+            "the callback trainer= for that one"
+        )
+        self._slice = None
+        self._book.history = [replace(r, validation=math.nan) for r in self._book.history]
+
     def _listen(self, trainer: Any) -> None:
         """Have each training step's loss told."""
         step, own = trainer.training_step, "training_step" in vars(trainer)
@@ -277,6 +287,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         """Close a full interval; never let weights that are not finite be saved or handed over."""
         self._eyes.end_update()
         step = state.global_step
+        if self._eyes.foreign and self._trainer is None and self._slice is not None:
+            self._drop_slice()
         if step == self._end():
             self._book.report = self._close(step)
             if self._eyes.blind and self._deaf is None:
@@ -295,7 +307,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         if self._slice is None:
             metrics = kwargs["metrics"]
             if "eval_reward" in metrics:
-                metrics = {"eval_loss": self._gauge.cost(metrics, "eval_")}
+                cost = self._gauge.cost(metrics, "eval_")
+                metrics = {} if cost is None else {"eval_loss": cost}
             self._book.note(metrics, state.global_step)
 
     @guarded
@@ -361,8 +374,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         numbers, failed = share(order, self._eyes.device, self._failing)
         order = Order(*numbers)
         if failed:
-            error = self._failure or self._eyes.error or RuntimeError("another process failed")
-            self._helm.fail(error, step)
+            mine = self._failure or self._eyes.error
+            self._helm.fail(mine or RuntimeError("another process failed"), step)
             order = Order(start, rollback=False, off=True, keep=False)
         self._eyes.losses, self._book.report = [], None
         self._book.last, self._book.next = step, (step // self._interval + 1) * self._interval
@@ -438,14 +451,15 @@ class TunerCallback(TrainerCallback, ExportableState):
             "book": self._book.to_json(),
             "losses": self._eyes.fetch(),
             "kept": self._snapshot is not None,
-            "own_evaluation": self._slice is not None,
+            "own_evaluation": self._own,
             "total": self._total,
             "bounded": self._gauge.bounded,
+            "dropped": self._own and self._slice is None,
         }
         return {"args": self._args, "attributes": {"saved": saved}}
 
     def _resume(self, saved: dict[str, Any], args: Any, step: int) -> None:
-        if saved["own_evaluation"] != (self._slice is not None):
+        if saved["own_evaluation"] != self._own:
             raise BadInput(
                 "callback: eval_dataset: the checkpoint's run "
                 f"{'had one' if saved['own_evaluation'] else 'had none'}; give the same, and leave "
@@ -459,6 +473,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         if not self._advise:
             self._turn(saved["rate"])
         self._gauge = Gauge(saved.get("bounded"))
+        self._slice = None if saved.get("dropped") else self._slice
         folder = _folder(args, step)
         gradient, self._snapshot = read_weights(folder / self._weights, step, self._eyes)
         self._eyes.last_gradient = gradient

@@ -21,12 +21,15 @@ class Gauge:
     bounded: bool | None = None  # rewards are within [0, 1]; None before the first
 
     def cost(self, logs: Mapping[str, Any], prefix: str = "") -> float | None:
-        """Lower is better, above 0; None where the line has none."""
-        reward, loss = logs.get(f"{prefix}reward"), logs.get(f"{prefix}loss")
-        if reward is None:
+        """Lower is better; None where the line has none. prefix: of the names in the line."""
+        if f"{prefix}reward" not in logs:
+            loss = logs.get(f"{prefix}loss")
             return None if loss is None else float(loss)
-        reward = float(reward)
-        if self.bounded is None and math.isfinite(reward):
+        given = logs[f"{prefix}reward"]
+        if given is None or not math.isfinite(given):
+            return None
+        reward = float(given)
+        if self.bounded is None:
             self.bounded = 0.0 <= reward <= 1.0
             if not self.bounded:
                 logger.warning(
