@@ -37,7 +37,7 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def _groups(model: nn.Module) -> Iterable[torch.distributed.fsdp.FSDPModule]:
+def _groups(model: nn.Module) -> Iterable["torch.distributed.fsdp.FSDPModule"]:
     if world() > 1:
         from torch.distributed.fsdp import FSDPModule
 
