@@ -31,8 +31,8 @@ from envs.setups import (
     quiet,
     silent,
     tokenizer_of,
-)  # fmt: skip
-from envs.supervised import judge_tokens, perplexity
+)
+from envs.supervised import judge_tokens, likelihood
 from envs.task import Split, Task
 from envs.trainer_job import Setup
 
@@ -164,7 +164,7 @@ def kto(task: Task, seed: int, knobs: Knobs) -> Setup:
 def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
     """Replies to statements, learned from demonstrations; the statement itself is not learned.
 
-    Cost: mean nats a token of the replies. Metric: minus the perplexity.
+    Cost: mean nats a token of the replies. Metric: one over the perplexity.
     """
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -213,7 +213,7 @@ def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
 
     def score(trainer: Any, split: Split) -> Score:
         nats, _ = judge_tokens(trainer.model, ready[split], shift=True)
-        return Score(nats, -perplexity(nats))
+        return Score(nats, likelihood(nats))
 
     return Setup(silent(trainer), score, len(rows["train"]))
 
@@ -263,10 +263,15 @@ def grpo(task: Task, seed: int, knobs: Knobs, *, judge: Reward | None = None) ->
                 part = prompts[split][at : at + AT_ONCE]
                 code = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
                 ids = code["input_ids"].to(device)
-                written = trainer.model.generate(
-                    input_ids=ids, attention_mask=code["attention_mask"].to(device),
-                    generation_config=trainer.generation_config,
-                )[:, ids.shape[1] :]  # fmt: skip
+                try:
+                    written = trainer.model.generate(
+                        input_ids=ids, attention_mask=code["attention_mask"].to(device),
+                        generation_config=trainer.generation_config,
+                    )[:, ids.shape[1] :]  # fmt: skip
+                except RuntimeError as error:
+                    if "probability tensor" not in str(error):
+                        raise
+                    return Score(math.nan, 0.0)  # the run has diverged: nothing can be drawn
                 replies = tokenizer.batch_decode(written, skip_special_tokens=True)
                 found += pay(completions=replies, prompts=part)
         mean = sum(found) / len(found)

@@ -21,6 +21,7 @@ from envs.knobs import (
     Shape,
     decode,
     exchange,
+    opened,
     reference_rate,
     turn,
 )
@@ -48,7 +49,8 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
 
     Action: discrete by default (``envs.knobs.Actions``): multiply the rate by 0.1, 0.3, 0.6, 1
         (keep), 1.6, 3 or 10; or roll back to the weights with the best validation loss seen and
-        halve the rate. ``Actions(optimizers=...)`` adds a switch to each. The continuous view is
+        halve the rate. ``Actions(optimizers=...)`` adds a switch to each, ``Actions(turns=...)``
+        steps of further knobs, which do nothing on a job without them. The continuous view is
         ``Box(-1, 1, (2,))``: decades to move the rate by, and rollback if above 0.5. The rate
         stays within 1.5 decades of the start; the schedule's shape multiplies it. The first
         action is taken before the first update.
@@ -65,7 +67,8 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         when the run diverges (``info["reason"]``: "loss not finite", "weights not finite" or
         "validation loss blew up"); never ``truncated`` by the environment itself.
 
-    Info: ``step``, ``rate``, ``optimizer``, ``validation``, ``metric``, ``reason``, ``task``.
+    Info: ``step``, ``rate``, ``optimizer``, ``validation``, ``metric``, ``reason``, ``task``, and
+        the value of each further knob that the actions turn; NaN if the job has it not.
 
     Arguments:
         task: a name of ``envs.task.TASKS``, a `Task`, or several of them to draw from.
@@ -201,7 +204,8 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         )
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)
-        return task, Knobs(rate=rate, optimizer=optimizer, shape=shape), int(rng.integers(2**31))
+        knobs = opened(Knobs(rate=rate, optimizer=optimizer, shape=shape), self.actions)
+        return task, knobs, int(rng.integers(2**31))
 
     def _relative(self, task: Task) -> Task:
         """A random relative that the data can serve: few rows of a class rule some out."""
@@ -222,6 +226,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
     def _info(self, metric: float, reason: str | None) -> dict[str, Any]:
         assert self._job is not None
         knobs = self._job.knobs
+        values = {name: getattr(knobs, name) for name, _ in self.actions.turns}
         return {
             "step": self._job.step,
             "rate": knobs.rate,
@@ -230,7 +235,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
             "metric": metric,
             "reason": reason,
             "task": self._job.task.name,
-        }
+        } | {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
 def divergence(progress: Progress, validation: float, first: float) -> str | None:

@@ -61,6 +61,11 @@ def load(task: Task) -> Data:
     """
     if task.objective not in KINDS:
         raise UnknownName("objective with examples", task.objective, KINDS)
+    for name, plain in (("noise", 0.0), ("classes", None)):
+        if getattr(task, name) != plain:
+            raise BadInput(
+                f"task: {name}: only for classification; leave it {plain} for {task.objective}"
+            )
     kind = KINDS[task.objective]
     splits = _splits(task.dataset, kind)
     caps: dict[Split, int] = {

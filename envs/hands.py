@@ -7,7 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.errors import BadInput
-from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, ROLLBACK_FACTOR, Actions, decode
+from envs.knobs import (
+    OPTIMIZERS,
+    RATE_CEILING,
+    RATE_FLOOR,
+    ROLLBACK_FACTOR,
+    Actions,
+    Decision,
+    decode,
+)
 
 Array = NDArray[np.float64]
 
@@ -23,6 +31,10 @@ class Decisions(NamedTuple):
 def decode_many(action: object, actions: Actions, count: int) -> Decisions:
     """Actions of ``count`` runs -> what they ask for. Raises `BadInput` if one is not valid."""
     given = np.asarray(action)
+    if actions.view == "joint":
+        if given.shape[:1] != (count,):
+            raise BadInput(f"action: {len(given)} given; give one for each of {count} environments")
+        return _columns([decode(each, actions) for each in given])
     if actions.view == "continuous":
         return _steer(given, actions, count)
     if given.shape != (count,) or given.dtype.kind not in "iu":
@@ -50,7 +62,10 @@ def turn_many(
 @functools.lru_cache(maxsize=16)
 def _table(actions: Actions) -> Decisions:
     """Each discrete action's decision."""
-    decided = [decode(index, actions) for index in range(actions.size)]
+    return _columns([decode(index, actions) for index in range(actions.size)])
+
+
+def _columns(decided: list[Decision]) -> Decisions:
     return Decisions(
         np.array([ROLLBACK_FACTOR if d.rollback else d.multiplier for d in decided]),
         np.array([d.rollback for d in decided]),

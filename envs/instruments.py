@@ -179,6 +179,7 @@ class Eyes:
                     functools.partial(self._on_gradient, index)
                 )
                 for index, parameter in enumerate(self.sampled)
+                if parameter.requires_grad  # not frozen for now
             ]
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:

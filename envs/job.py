@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from envs import optim, probe, workload
 from envs.errors import BadInput
 from envs.knobs import Decision, Knobs, factor
+from envs.parts import Parts
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from envs.task import Split, Task
@@ -96,7 +97,9 @@ class TorchJob:
         self._random = RandomState(noise, self._device)
         self._probe = probe.Probe()
         self._step = 0
-        self._knobs = knobs or Knobs()
+        self._parts = Parts(self._module.encoder)
+        self._knobs = self._fit(knobs or Knobs(), Knobs())
+        self._parts.put(self._knobs)
         self._start_rate = self._knobs.rate
         self._size = sum(p.numel() for p in self._module.parameters())
         self._make_optimizer = optimizer
@@ -168,12 +171,14 @@ class TorchJob:
 
     def apply(self, knobs: Knobs) -> None:
         """Put the settings in force; a new optimizer inherits the old one's moments."""
+        knobs = self._fit(knobs, self._knobs)
         if knobs.optimizer != self._knobs.optimizer or knobs.weight_decay != (
             self._knobs.weight_decay
         ):
             if self._make_optimizer is not optim.make:
                 raise BadInput("job: optimizer: is one of its own; only the rate can be changed")
             self._optimizer = optim.hand_over(self._optimizer, self._parameters, knobs)
+        self._parts.put(knobs)
         self._knobs = knobs
 
     def evaluate(self, split: Split) -> Score:
@@ -181,13 +186,22 @@ class TorchJob:
         return judge(self._module, self._load.rows[split])
 
     def snapshot(self) -> Snapshot:
-        """The trained weights, copied."""
-        return remember(self._parameters)
+        """The trained weights, copied, and the scale that the adapter had with them."""
+        scale = self._knobs.adapter_scale
+        return remember(self._parameters) + ([] if scale is None else [torch.tensor(scale)])
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put weights back and forget the optimizer's moments; the rate stays as chosen."""
+        if self._knobs.adapter_scale is not None:
+            *snapshot, scale = snapshot
+            self._knobs = self._knobs.having(adapter_scale=scale.item())
+            self._parts.put(self._knobs)
         recall(snapshot, self._parameters, self._optimizer)
         self._optimizer = self._make_optimizer(self._parameters, self._knobs)  # its counters too
+
+    def _fit(self, knobs: Knobs, now: Knobs) -> Knobs:
+        """The knobs that this run can have; its objective has no beta."""
+        return self._parts.fit(knobs, now).having(beta=None)
 
     def _set_mode(self, mode: Literal["train", "eval"]) -> None:
         turn = getattr(self._optimizer, mode, None)

@@ -1,13 +1,15 @@
 """Knobs: what may be turned on a fine-tuning job, and how an action turns it."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args
 
 import gymnasium
 import numpy as np
 
+from envs import dials
+from envs.dials import DIALS, Turn
 from envs.errors import BadInput, UnknownName
 
 Optimizer = Literal["adamw", "sgd", "rmsprop"]
@@ -33,6 +35,10 @@ class Knobs:
     optimizer: Optimizer = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    # None: a knob that the run has not, or that is not to be touched
+    adapter_scale: float | None = None  # times LoRA's own scaling
+    beta: float | None = None  # weight of the KL term or of the preference
+    depth: int | None = None  # uppermost layers in training; what is below them counts as one
 
     def __post_init__(self) -> None:
         if not (_number(self.rate) and RATE_FLOOR <= self.rate <= RATE_CEILING):
@@ -48,6 +54,19 @@ class Knobs:
             value = getattr(self, name)
             if not (_number(value) and 0 <= value <= top):
                 raise BadInput(f"knobs: {name}: {value!r} is out of range; give 0 to {top:g}")
+        for name, top in (("adapter_scale", 8.0), ("beta", 1e6), ("depth", 1000)):
+            value = getattr(self, name)
+            whole = name != "depth" or isinstance(value, int)
+            if value is not None and not (_number(value) and whole and 0 <= value <= top):
+                raise BadInput(
+                    f"knobs: {name}: {value!r} is out of range; give 0 to {top:g}, or None"
+                )
+
+    def having(self, **values: float | None) -> "Knobs":
+        """The same settings with the values of some dials; ``depth`` made a whole number."""
+        if values.get("depth") is not None:
+            values["depth"] = int(values["depth"])  # type: ignore[arg-type]
+        return replace(self, **values) if values else self  # type: ignore[arg-type]
 
 
 def _number(value: object) -> bool:
@@ -90,11 +109,12 @@ def exchange(old: str, new: str, parameters: int, adapter: str) -> float:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one action asks for, before any guard: multiply the rate, roll back, switch."""
+    """What one action asks for, before any guard: multiply the rate, roll back, switch, turn."""
 
     multiplier: float = 1.0
     rollback: bool = False
     optimizer: Optimizer | None = None
+    turns: tuple[Turn, ...] = ()  # of `envs.dials.DIALS`
 
 
 KEEP = Decision()
@@ -102,21 +122,25 @@ KEEP = Decision()
 
 @dataclass(frozen=True)
 class Actions:
-    """The actions of a tuner, in a discrete or a continuous view.
+    """The actions of a tuner, in a discrete, a continuous or a joint view.
 
-    Discrete: one action per multiplier, then rollback, then one per optimizer to switch to.
+    Discrete: one action per multiplier, then rollback, then one per optimizer to switch to, then
+    one per turn of a further knob: ``("weight_decay", 3.0)`` multiplies it, ``("depth", -1)``
+    freezes one layer more. What no action names is left alone.
+    Joint: the same steps, but one choice for each knob at once; see `seats`.
     Continuous, in [-1, 1] each: log10 of the multiplier over ``span``; rollback if above 0.5.
     """
 
-    view: Literal["discrete", "continuous"] = "discrete"
+    view: Literal["discrete", "continuous", "joint"] = "discrete"
     multipliers: tuple[float, ...] = (0.1, 0.3, 0.6, 1.0, 1.6, 3.0, 10.0)
     rollback: bool = True
     optimizers: tuple[Optimizer, ...] = ()
     span: float = 1.0  # decades
+    turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.view not in ("discrete", "continuous"):
-            raise UnknownName("action view", self.view, ("discrete", "continuous"))
+        if self.view not in ("discrete", "continuous", "joint"):
+            raise UnknownName("action view", self.view, ("discrete", "continuous", "joint"))
         if not all(_number(m) and 1e-3 <= m <= 1e3 for m in self.multipliers):
             raise BadInput(
                 f"actions: multipliers: {self.multipliers} are not all from 0.001 to 1000; "
@@ -135,21 +159,42 @@ class Actions:
                 raise UnknownName("optimizer", optimizer, OPTIMIZERS)
         if self.view == "continuous" and self.optimizers:
             raise BadInput("actions: optimizers: only the discrete view can switch; drop them")
+        for each in self.turns:
+            dials.check(each)
+        if self.view == "continuous" and self.turns:
+            raise BadInput("actions: turns: only the discrete view has them; drop them")
 
     @property
     def size(self) -> int:
-        """Number of discrete actions, or length of a continuous one."""
+        """Number of discrete actions, or length of one of another view."""
+        if self.view == "joint":
+            return len(self.seats)
         if self.view == "continuous":
             return 1 + self.rollback
-        return len(self.multipliers) + self.rollback + len(self.optimizers)
+        return len(self.multipliers) + self.rollback + len(self.optimizers) + len(self.turns)
 
     @property
     def keep(self) -> int:
         """The discrete action that changes nothing."""
         return self.multipliers.index(1.0)
 
-    def space(self) -> "gymnasium.spaces.Discrete | gymnasium.spaces.Box":
+    @property
+    def seats(self) -> dict[str, tuple[Decision, ...]]:
+        """Each knob's choices in the joint view: steps of the rate, a switch, turns of a dial."""
+        rate = [Decision(multiplier) for multiplier in self.multipliers]
+        found = {"rate": tuple(rate + [Decision(rollback=True)] * self.rollback)}
+        if self.optimizers:
+            found["optimizer"] = (KEEP, *(Decision(optimizer=name) for name in self.optimizers))
+        for each in self.turns:
+            found[each[0]] = (*found.get(each[0], (KEEP,)), Decision(turns=(each,)))
+        return found
+
+    def space(
+        self,
+    ) -> "gymnasium.spaces.Discrete | gymnasium.spaces.Box | gymnasium.spaces.MultiDiscrete":
         """The gymnasium space of these actions."""
+        if self.view == "joint":
+            return gymnasium.spaces.MultiDiscrete([len(choices) for choices in self.seats.values()])
         if self.view == "continuous":
             return gymnasium.spaces.Box(-1.0, 1.0, (self.size,), np.float32)
         return gymnasium.spaces.Discrete(self.size)
@@ -161,7 +206,17 @@ class Actions:
             return "rollback"
         if decision.optimizer:
             return decision.optimizer
+        if decision.turns:
+            return dials.label(decision.turns[0])
         return "keep" if decision.multiplier == 1 else f"x{decision.multiplier:g}"
+
+
+def plain(actions: Actions) -> dict[str, Any]:
+    """The actions for a file or a hash: further knobs are left out where there are none."""
+    found = asdict(actions)
+    if not actions.turns:
+        del found["turns"]
+    return found
 
 
 def decode(action: object, actions: Actions) -> Decision:
@@ -179,6 +234,8 @@ def decode(action: object, actions: Actions) -> Decision:
             )
         rollback = actions.rollback and bool(values[1] > 0.5)
         return Decision(1.0 if rollback else 10.0 ** (actions.span * float(values[0])), rollback)
+    if actions.view == "joint":
+        return _together(_array(action), action, actions)
     number = _array(action)
     if number.size != 1 or number.dtype.kind not in "iu":
         raise BadInput(
@@ -192,7 +249,32 @@ def decode(action: object, actions: Actions) -> Decision:
     index -= len(actions.multipliers)
     if actions.rollback and index == 0:
         return Decision(rollback=True)
-    return Decision(optimizer=actions.optimizers[index - actions.rollback])
+    index -= actions.rollback
+    if index < len(actions.optimizers):
+        return Decision(optimizer=actions.optimizers[index])
+    return Decision(turns=(actions.turns[index - len(actions.optimizers)],))
+
+
+def _together(chosen: np.ndarray[Any, np.dtype[Any]], action: object, actions: Actions) -> Decision:
+    """One choice for each knob -> what they ask for together."""
+    seats = tuple(actions.seats.values())
+    sizes = [len(choices) for choices in seats]
+    if (
+        chosen.shape != (len(seats),)
+        or chosen.dtype.kind not in "iu"
+        or not all(0 <= index < size for index, size in zip(chosen, sizes, strict=True))
+    ):
+        raise BadInput(
+            f"action: {_brief(action)} is not a choice for each knob; give {len(seats)} whole "
+            f"numbers below {', '.join(map(str, sizes))}"
+        )
+    picked = [choices[int(index)] for index, choices in zip(chosen, seats, strict=True)]
+    return Decision(
+        picked[0].multiplier,
+        picked[0].rollback,
+        next((each.optimizer for each in picked if each.optimizer), None),
+        tuple(each for decision in picked for each in decision.turns),
+    )
 
 
 def _array(action: object) -> np.ndarray[Any, np.dtype[Any]]:
@@ -218,7 +300,8 @@ def turn(
     """The knobs after a decision, with the rate kept in [low, high].
 
     A rollback halves the rate; a switch of optimizer moves it along `reference_rate`, so that
-    the new optimizer starts at a comparable step size.
+    the new optimizer starts at a comparable step size. A turn moves a further knob within its
+    own range; one that the run has not stays None.
     """
     rate = knobs.rate * (ROLLBACK_FACTOR if decision.rollback else decision.multiplier)
     optimizer = decision.optimizer or knobs.optimizer
@@ -226,4 +309,20 @@ def turn(
         share = exchange(knobs.optimizer, optimizer, parameters, adapter)
         rate, low, high = rate * share, low * share, high * share
     rate = min(max(rate, low, RATE_FLOOR), high, RATE_CEILING)
-    return replace(knobs, rate=rate, optimizer=optimizer)
+    values = {
+        name: DIALS[name].turned(value, amount)
+        for name, amount in decision.turns
+        if (value := getattr(knobs, name)) is not None
+    }
+    return replace(knobs, rate=rate, optimizer=optimizer).having(**values)
+
+
+def opened(knobs: Knobs, actions: Actions) -> Knobs:
+    """The knobs to open a run with, so that it has what these actions turn."""
+    return knobs.having(
+        **{
+            name: DIALS[name].start
+            for name, _ in actions.turns
+            if DIALS[name].start is not None and getattr(knobs, name) is None
+        }
+    )

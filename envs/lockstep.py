@@ -84,7 +84,8 @@ class Lockstep:
     """Packs as a plan has them, and the callers that drive them.
 
     Tasks of one family (see `Family`) share packs; heads have room for ``classes`` classes. A
-    model that cannot be batched runs alone, with a notice.
+    model that cannot be batched runs alone, with a notice, and so does a run whose depth or
+    adapter may be turned.
     """
 
     def __init__(self, plan: Plan, *, classes: int = 8) -> None:
@@ -105,11 +106,11 @@ class Lockstep:
         """A new run in a free lane, or in a new pack if there is none; a Trainer's runs alone."""
         if task.objective != "classification":
             return open_job(task, seed, knobs)
-        fits = fit(task)
-        if fits.reason:
-            if fits.reason not in self._told:
-                self._told.add(fits.reason)
-                logger.warning("%s; its runs are computed one by one", fits.reason)
+        reason = fit(task).reason or _alone(task, knobs or Knobs())
+        if reason:
+            if reason not in self._told:
+                self._told.add(reason)
+                logger.warning("%s; its runs are computed one by one", reason)
             return open_job(task, seed, knobs, self._plan.device)
         classes = len(workload.load(task).classes)
         room = self._classes
@@ -179,3 +180,12 @@ class Lockstep:
             )  # fmt: skip
             answers |= {mine[lane][0]: answer for lane, answer in found.items()}
         return {number: answers[number] for number in asks}
+
+
+def _alone(task: Task, knobs: Knobs) -> str:
+    """Why a run with these knobs cannot share a pack; empty if it can."""
+    if knobs.depth is not None:
+        return f"{task.name}: depth: cannot be turned in a pack"
+    if knobs.adapter_scale is not None and task.adapter == "lora":
+        return f"{task.name}: adapter_scale: cannot be turned in a pack"
+    return ""

@@ -29,12 +29,18 @@ def group(parameters: list[nn.Parameter], knobs: Knobs) -> list[dict[str, Any]]:
 
 def make(parameters: list[nn.Parameter], knobs: Knobs) -> torch.optim.Optimizer:
     """A fresh optimizer."""
-    groups = group(parameters, knobs)
-    if knobs.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=knobs.rate, fused=True)
-    if knobs.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=knobs.rate, momentum=MOMENTUM)
-    return torch.optim.RMSprop(groups, lr=knobs.rate, alpha=ALPHA)
+    return build(knobs.optimizer, group(parameters, knobs), knobs.rate)
+
+
+def build(
+    kind: Optimizer, groups: list[dict[str, Any]], rate: float = 1e-3
+) -> torch.optim.Optimizer:
+    """A fresh optimizer of a kind over groups; ``rate`` for those that name none."""
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM)
+    return torch.optim.RMSprop(groups, lr=rate, alpha=ALPHA)
 
 
 def inherit(
@@ -64,23 +70,30 @@ def hand_over(
     old: Optimizer = {"AdamW": "adamw", "SGD": "sgd", "RMSprop": "rmsprop"}[  # type: ignore[assignment]
         type(optimizer).__name__
     ]
-    for parameter in parameters:
+    pass_on(optimizer, new, old, knobs.optimizer)
+    return new
+
+
+def pass_on(
+    optimizer: torch.optim.Optimizer, heir: torch.optim.Optimizer, old: Optimizer, new: Optimizer
+) -> None:
+    """Give a fresh optimizer of kind ``new`` what it can use of the moments of one of ``old``."""
+    for parameter in (p for group in heir.param_groups for p in group["params"]):
         have = optimizer.state.get(parameter, {})
         step = have.get("step", torch.tensor(0.0)).to(parameter.device, copy=True)
         first, second = inherit(
-            old, knobs.optimizer, have.get(FIRST[old] or ""), have.get(SECOND[old] or ""), step
+            old, new, have.get(FIRST[old] or ""), have.get(SECOND[old] or ""), step
         )
-        if knobs.optimizer == "sgd" and first is not None:
-            new.state[parameter] = {"momentum_buffer": first.clone()}
-        elif knobs.optimizer == "rmsprop" and second is not None:
-            new.state[parameter] = {"step": step.cpu(), "square_avg": second.clone()}
-        elif knobs.optimizer == "adamw" and second is not None:
-            new.state[parameter] = {
+        if new == "sgd" and first is not None:
+            heir.state[parameter] = {"momentum_buffer": first.clone()}
+        elif new == "rmsprop" and second is not None:
+            heir.state[parameter] = {"step": step.cpu(), "square_avg": second.clone()}
+        elif new == "adamw" and second is not None:
+            heir.state[parameter] = {
                 "step": step,
                 "exp_avg": first.clone() if first is not None else torch.zeros_like(parameter),
                 "exp_avg_sq": second.clone(),
             }
-    return new
 
 
 def update(

@@ -124,7 +124,11 @@ class Pack:
         return next((lane for lane, run in enumerate(self._runs) if run is None), None)
 
     def open(self, lane: int, task: Task, seed: int, knobs: Knobs) -> None:
-        """Begin a run: pretrained weights, a new head, a new data order."""
+        """Begin a run: pretrained weights, a new head, a new data order.
+
+        Of the dials it has weight decay and clipping alone.
+        """
+        knobs = _own(knobs)
         if family(task) != self.family:
             raise BadInput(f"pack: {family(task)} cannot share one with {self.family}")
         load = workload.load(task)
@@ -201,7 +205,7 @@ class Pack:
 
     def apply(self, lane: int, knobs: Knobs) -> None:
         """Put settings in force; a new optimizer inherits the old one's moments."""
-        run, old = self._run(lane), self._run(lane).knobs
+        run, old, knobs = self._run(lane), self._run(lane).knobs, _own(knobs)
         changed = (knobs.optimizer, knobs.weight_decay) != (old.optimizer, old.weight_decay)
         if changed and run.age and not self._stack.hand_over(lane, old, knobs, run.age):
             run.age = 0
@@ -343,6 +347,11 @@ class Pack:
             cosine=cosine,
             finite=math.isfinite(row[longest]),
         )
+
+
+def _own(knobs: Knobs) -> Knobs:
+    """The knobs that a run in a pack has."""
+    return knobs.having(adapter_scale=None, beta=None, depth=None)
 
 
 class _Look:

@@ -192,19 +192,6 @@ def collator(pad: int) -> Callable[[Sequence[dict[str, Any]]], Batch]:
     return collate
 
 
-class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A list of examples as a map-style dataset."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._rows = list(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._rows[index]
-
-
 def batches(
     rows: dict[Split, list[dict[str, Any]]], collate: Callable[[Sequence[dict[str, Any]]], Batch]
 ) -> dict[Split, list[Batch]]:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from envs.knobs import Knobs
 from envs.setups import (
     IGNORED,
     Batch,
-    Rows,
     arguments,
     batches,
     coded,
@@ -28,11 +29,9 @@ from envs.setups import (
     silent,
     token_nats,
     tokenizer_of,
-)  # fmt: skip
+)
 from envs.task import Split, Task
 from envs.trainer_job import Setup
-
-HIGHEST = 20.0  # nats a token whose perplexity is still told apart
 
 
 class Regressor(nn.Module):
@@ -78,7 +77,7 @@ def _head(width: int, outputs: int) -> nn.Linear:
 def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
     """The mean of the raters' scores, standardised by the training rows.
 
-    Cost: mean squared error in variances of the training ratings. Metric: R squared.
+    Cost: mean squared error in variances of the training ratings. Metric: R squared, at least -1.
     """
     data, tokenizer = examples.load(task), tokenizer_of(task)
     means = [sum(row.scores) / len(row.scores) for row in data.rows["train"]]
@@ -106,7 +105,7 @@ def regression(task: Task, seed: int, knobs: Knobs) -> Setup:
             values, truth = torch.cat(found), torch.cat(wanted)
             error = functional.mse_loss(values, truth)
             share = error / truth.var(correction=0).clamp(min=1e-6)
-            cost, r2 = torch.stack([error, 1 - share]).tolist()
+            cost, r2 = torch.stack([error, 1 - share.nan_to_num(2.0).clamp(max=2.0)]).tolist()
         return Score(cost, r2)
 
     with workload.seeded(initial_seed(seed)):
@@ -159,7 +158,11 @@ def tokens(task: Task, seed: int, knobs: Knobs) -> Setup:
 
 
 def causal(task: Task, seed: int, knobs: Knobs) -> Setup:
-    """The next token of a text. Cost: mean nats a token. Metric: minus the perplexity."""
+    """The next token of a text. Cost: mean nats a token. Metric: one over the perplexity.
+
+    Marks: chrF (0 to 100) of greedy continuations of a text's first half against its second, and
+    the share of their word pairs that are not repeated (distinct-2).
+    """
     from transformers import AutoModelForCausalLM
 
     data, tokenizer = examples.load(task), tokenizer_of(task)
@@ -179,10 +182,33 @@ def causal(task: Task, seed: int, knobs: Knobs) -> Setup:
 
     def score(trainer: Any, split: Split) -> Score:
         nats, _ = judge_tokens(trainer.model, ready[split], shift=True)
-        return Score(nats, -perplexity(nats))
+        return Score(nats, likelihood(nats))
+
+    def written(trainer: Any, split: Split) -> dict[str, float]:
+        from sacrebleu.metrics import CHRF
+
+        found, wanted = [], []
+        with judging(trainer.model) as device:
+            for row in rows[split]:
+                half = len(row["input_ids"]) // 2
+                if half:
+                    begun = torch.tensor([row["input_ids"][:half]], device=device)
+                    ids = trainer.model.generate(
+                        input_ids=begun, attention_mask=torch.ones_like(begun), do_sample=False,
+                        max_new_tokens=len(row["input_ids"]) - half,
+                        pad_token_id=tokenizer.pad_token_id,
+                    )  # fmt: skip
+                    found.append(tokenizer.decode(ids[0, half:], skip_special_tokens=True))
+                    wanted.append(
+                        tokenizer.decode(row["input_ids"][half:], skip_special_tokens=True)
+                    )
+        pairs = [pair for text in found for pair in pairwise(text.split())]
+        chrf = float(CHRF().corpus_score(found, [wanted]).score)
+        return {"chrF": chrf, "distinct-2": len(set(pairs)) / max(1, len(pairs))}
 
     model = model_of(task, seed, AutoModelForCausalLM)
-    return _setup(task, seed, knobs, model, rows["train"], collate, score)
+    setup = _setup(task, seed, knobs, model, rows["train"], collate, score)
+    return replace(setup, marks=written)
 
 
 def judge_tokens(model: nn.Module, ready: Sequence[Batch], *, shift: bool) -> tuple[float, float]:
@@ -206,49 +232,50 @@ def judge_tokens(model: nn.Module, ready: Sequence[Batch], *, shift: bool) -> tu
     return nats / max(count, 1), hits / max(count, 1)
 
 
-def perplexity(nats: float) -> float:
-    """Of a mean cross-entropy; bounded, so that a diverged run has one too."""
-    return math.exp(min(nats, HIGHEST)) if nats == nats else math.exp(HIGHEST)
+def likelihood(nats: float) -> float:
+    """One over the perplexity of a mean cross-entropy: in [0, 1], and 0 for a diverged run."""
+    return math.exp(-nats) if nats == nats else 0.0
 
 
 def translation(task: Task, seed: int, knobs: Knobs) -> Setup:
     """A verse in another language.
 
-    Cost: mean nats a target token. Metric: chrF (0 to 100, sacrebleu) of greedy translations of
-    ``selection`` and ``test``; minus the perplexity on the other splits, where generation would
-    cost more than the training.
+    Cost: mean nats a target token. Metric: one over the perplexity. Marks: chrF and BLEU (0 to
+    100, sacrebleu) of greedy translations.
     """
 
-    def chrf(found: Sequence[str], wanted: Sequence[str]) -> float:
-        from sacrebleu.metrics import CHRF
+    def marks(found: list[str], wanted: list[str]) -> dict[str, float]:
+        from sacrebleu.metrics import BLEU, CHRF
 
-        return float(CHRF().corpus_score(list(found), [list(wanted)]).score)
+        judges = {"chrF": CHRF(), "BLEU": BLEU()}
+        return {n: float(j.corpus_score(found, [wanted]).score) for n, j in judges.items()}
 
-    return _pairs(task, seed, knobs, lambda row: (row.source, row.target), chrf)
+    return _pairs(task, seed, knobs, lambda row: (row.source, row.target), marks)
 
 
 def headlines(task: Task, seed: int, knobs: Knobs) -> Setup:
     """The title of an article.
 
-    Cost: mean nats a title token. Metric: ROUGE-L (F1, 0 to 1) of greedy titles of ``selection``
-    and ``test``; minus the perplexity on the other splits, as for `translation`.
+    Cost: mean nats a title token. Metric: one over the perplexity. Marks: ROUGE-L (F1, 0 to 1) of
+    greedy titles.
     """
 
-    def rouge(found: Sequence[str], wanted: Sequence[str]) -> float:
+    def marks(found: list[str], wanted: list[str]) -> dict[str, float]:
         from rouge_score.rouge_scorer import RougeScorer
 
         judge = RougeScorer(["rougeL"], use_stemmer=False)
-        marks = [judge.score(w, f)["rougeL"].fmeasure for f, w in zip(found, wanted, strict=True)]
-        return sum(marks) / len(marks)
+        each = [judge.score(w, f)["rougeL"].fmeasure for f, w in zip(found, wanted, strict=True)]
+        return {"ROUGE-L": sum(each) / len(each)}
 
-    return _pairs(task, seed, knobs, lambda row: (row.body, row.title), rouge)
+    read = 16 * task.max_length  # letters: more than are read, and whole articles take seconds
+    return _pairs(task, seed, knobs, lambda row: (row.body[:read], row.title), marks)
 
 
-Metric = Callable[[Sequence[str], Sequence[str]], float]
+Marks = Callable[[list[str], list[str]], dict[str, float]]
 
 
 def _pairs(
-    task: Task, seed: int, knobs: Knobs, parts: Callable[[Any], tuple[str, str]], metric: Metric
+    task: Task, seed: int, knobs: Knobs, parts: Callable[[Any], tuple[str, str]], marks: Marks
 ) -> Setup:
     """Sequence to sequence: an encoder-decoder, or two copies of an encoder with new bridges."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -280,8 +307,9 @@ def _pairs(
 
     def score(trainer: Any, split: Split) -> Score:
         nats, _ = judge_tokens(trainer.model, ready[split], shift=False)
-        if split not in ("selection", "test"):
-            return Score(nats, -perplexity(nats))
+        return Score(nats, likelihood(nats))
+
+    def written(trainer: Any, split: Split) -> dict[str, float]:
         found: list[str] = []
         with judging(trainer.model) as device:
             for batch in ready[split]:
@@ -291,12 +319,13 @@ def _pairs(
                     max_new_tokens=task.max_length, do_sample=False, num_beams=1,
                 )  # fmt: skip
                 found += tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return Score(nats, metric(found, wanted[split]))
+        return marks(found, wanted[split])
 
-    return _setup(
+    setup = _setup(
         task, seed, knobs, model, rows["train"], collate, score,
         Seq2SeqTrainer, Seq2SeqTrainingArguments, _token_loss,
     )  # fmt: skip
+    return replace(setup, marks=written)
 
 
 def _token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -358,7 +387,7 @@ def _setup(
             args=(config or TrainingArguments)(
                 **arguments(task, seed, knobs, remove_unused_columns=False, label_names=["labels"])
             ),
-            train_dataset=Rows(rows),
+            train_dataset=rows,
             data_collator=collate,
             compute_loss_func=loss,
         )

@@ -140,26 +140,26 @@ TASKS: dict[str, Task] = {corpus: Task(dataset=corpus) for corpus in CORPORA} | 
 """Shipped tasks: ``trec6`` is ``trec6/tiny-32``; a name with a model picks another encoder."""
 
 _SMALL: dict[str, Any] = {
-    "rows": 400, "batch": 16, "steps": 60, "interval": 6, "max_length": 32,
-    "validation_rows": 128, "selection_rows": 128, "test_rows": 256,
+    "rows": 1000, "steps": 60, "interval": 6, "max_length": 32, "selection_rows": 128,
+    "test_rows": 256,
 }  # fmt: skip
+_LONG = _SMALL | {"rows": 2000, "batch": 32, "steps": 100, "interval": 10}
+_WRITTEN = {"steps": 40, "interval": 4, "max_length": 24, "validation_rows": 64}
 _DECODER = "tiny-gpt-32"
 
 OBJECTIVE_TASKS: dict[str, Task] = {
-    "ratings": Task("ratings", "tiny-32", "regression", **_SMALL),
-    "tags": Task("tagged", "tiny-32", "tokens", **_SMALL),
+    "ratings": Task("ratings", "tiny-32", "regression", **_LONG),
+    # Bytes, for the encoders know no Chinese: several tokens a word.
+    "tags": Task("tagged", _DECODER, "tokens", **_SMALL | {"max_length": 96}),
     "dialogue-lm": Task("dialogue", _DECODER, "causal", **_SMALL),
     "verses": Task("verses", "tiny-32", "translation", **_SMALL),
     "headlines": Task("articles", "tiny-32", "headlines", **_SMALL),
-    "reward": Task("pairs", _DECODER, "reward", **_SMALL),
-    "dpo": Task("pairs", _DECODER, "dpo", **_SMALL),
-    "kto": Task("pairs", _DECODER, "kto", **_SMALL),
+    "reward": Task("pairs", "tiny-32", "reward", **_LONG),
+    "dpo": Task("pairs", _DECODER, "dpo", **_SMALL | {"rows": 2000, "max_length": 48}),
+    "kto": Task("pairs", _DECODER, "kto", **_SMALL | {"rows": 2000, "max_length": 48}),
     "sft": Task("dialogue", _DECODER, "sft", **_SMALL),
-    "grpo": Task("dialogue", _DECODER, "grpo", **_SMALL | {
-        "batch": 8, "steps": 30, "interval": 3, "max_length": 24, "validation_rows": 64,
-        "selection_rows": 64, "test_rows": 128,
-    }),
-}  # fmt: skip
+    "grpo": Task("dialogue", _DECODER, "grpo", **_SMALL | _WRITTEN),
+}
 """Shipped tasks of the other objectives, by name: see `envs.objectives`."""
 
 
@@ -184,7 +184,7 @@ def vary(task: Task, classes: tuple[str, ...], rng: np.random.Generator) -> Task
     environments that share them can be computed together (see `reshape`).
     """
     if task.objective != "classification":
-        return replace(task, rows=int(rng.choice([200, 400, 800])))
+        return replace(task, rows=int(rng.choice([200, 500, 1000, 2000])))
     subset = task.classes
     if len(classes) > 2 and rng.random() < 0.7:
         count = int(rng.integers(2, len(classes) + 1))

@@ -4,7 +4,7 @@ import functools
 import gc
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,13 @@ from transformers import TrainerCallback
 
 from envs import probe
 from envs.errors import BadInput, RunFailed
+from envs.handles import Handles
 from envs.instruments import Eyes, Rates, describe
 from envs.job import Score, finite, spread
-from envs.knobs import Knobs
+from envs.knobs import Actions, Knobs
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
+from envs.switchable import SwitchableOptimizer
 from envs.task import Split, Task
 
 
@@ -30,13 +32,15 @@ class Setup:
 
     score: the Trainer and a split -> a cost that is never negative (nats for a likelihood), and
     the metric, higher is better. It may leave the model in evaluation mode and use up random
-    numbers: the job guards both.
+    numbers: the job guards both. marks: where a model writes, what the field gives its texts, by
+    name; slow, and of no use to a comparison of models that can hardly write.
     """
 
     trainer: Any
     score: Callable[[Any, Split], Score]
     rows: int  # of the training split
     classes: int = 2
+    marks: Callable[[Any, Split], Mapping[str, float]] | None = None
 
 
 Make = Callable[[Task, int, Knobs], Setup]
@@ -63,6 +67,7 @@ class TrainerJob:
         with self._world.lent():
             self._setup = make(task, seed, self._knobs)
         trainer = self._setup.trainer
+        self._knobs = _in_force(trainer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         if not self._parameters:
@@ -75,6 +80,7 @@ class TrainerJob:
             start_rate=self._start_rate,
             **found,
         )
+        self._switch = isinstance(trainer.optimizer, SwitchableOptimizer)
         self._pace = _Pace(trainer)
         trainer.add_callback(self._pace)
         self._loop = greenlet.greenlet(trainer.train)
@@ -101,9 +107,8 @@ class TrainerJob:
         What a Trainer raises when its weights are no longer finite, as generation does, counts as
         divergence, and the loop has ended; anything else it raises is raised here.
         """
-        pace, trainer = self._pace, self._setup.trainer
-        pace.until, pace.rate = pace.step + steps, self._knobs.rate
-        trainer.args.max_grad_norm = self._knobs.clip
+        pace = self._pace
+        pace.until, pace.knobs = pace.step + steps, self._knobs
         if not self._lost:
             self._run()
         left = pace.until - pace.step
@@ -137,14 +142,22 @@ class TrainerJob:
                 raise
 
     def apply(self, knobs: Knobs) -> None:
-        """Put the rate and the clipping in force from the next update on."""
-        for name in ("optimizer", "weight_decay", "shape", "warmup"):
+        """Put the settings in force from the next update on.
+
+        The rate, weight decay and clipping of any Trainer; beta, if it has one; the optimizer, if
+        it is a `envs.switchable.SwitchableOptimizer`. Raises `BadInput` for any other change.
+        """
+        own = ["shape", "warmup"]
+        if not self._switch:
+            own.append("optimizer")
+        for name in own:
             if getattr(knobs, name) != getattr(self._knobs, name):
                 raise BadInput(
                     f"trainer: {name}: is the Trainer's own and cannot be changed in the run; "
                     "leave it as it is"
                 )
-        self._knobs = knobs
+        beta = None if self._knobs.beta is None else knobs.beta or self._knobs.beta
+        self._knobs = knobs.having(beta=beta, adapter_scale=None, depth=None)
 
     def evaluate(self, split: Split) -> Score:
         """Judge the weights on a split as the factory says; training is not affected."""
@@ -176,6 +189,16 @@ class TrainerJob:
                 self._loop.throw()
 
 
+def _in_force(trainer: Any, knobs: Knobs) -> Knobs:
+    """The knobs with the settings that are the Trainer's own."""
+    args, beta = trainer.args, getattr(trainer, "beta", None)
+    return knobs.having(
+        weight_decay=min(max(float(args.weight_decay), 0.0), 1.0),
+        clip=min(max(float(args.max_grad_norm or 0.0), 0.0), 1e6),
+        beta=float(beta) if isinstance(beta, int | float) and beta > 0 else None,
+    )
+
+
 class _Pace(TrainerCallback):
     """Halts the Trainer before the update ``until``, and reads what a report needs of the rest.
 
@@ -183,7 +206,8 @@ class _Pace(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.step, self.until, self.rate = 0, 0, 0.0
+        self.step, self.until, self.knobs = 0, 0, Knobs()
+        self._trainer = trainer
         self.factor = 1.0
         self.probe = probe.Probe()
         self._parts: list[torch.Tensor] = []
@@ -209,15 +233,21 @@ class _Pace(TrainerCallback):
         self._rates = Rates(kwargs["lr_scheduler"])
         self._eyes = Eyes(kwargs["model"], 1)
         self._optimizer = kwargs["optimizer"]
-        self._put = self._rates.start
+        self._handles = Handles(
+            args, kwargs["model"], self._optimizer, self._rates.start, Actions()
+        )
+        self._put = _in_force(self._trainer, self._handles.given)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Halt if a decision is due, and go on with what was decided."""
         while state.global_step >= self.until:
             greenlet.getcurrent().parent.switch()
-        if self.rate != self._put:
-            self._rates.put(self.rate)
-            self._put = self.rate
+        if self.knobs != self._put:
+            self._handles.put(self.knobs, self._put)
+            self._rates.put(self.knobs.rate)
+            if self.knobs.beta is not None:
+                self._trainer.beta = self.knobs.beta
+            self._put = self.knobs
         if self.until - state.global_step <= 2:
             self._eyes.watch_gradients()
 

@@ -112,7 +112,7 @@ def test_a_decoder_has_learned_and_padding_does_not_change_it(name):
     assert torch.allclose(alone.logits[0], together, atol=1e-3)
     # One token in 2,048 costs 7.6; frequencies alone 6.4.
     assert untrained.loss > 7
-    assert alone.loss < 5.2
+    assert alone.loss < 4.9
 
 
 @pytest.mark.parametrize("name", DECODERS)

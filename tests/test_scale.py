@@ -18,7 +18,9 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processe
 HERE = Path(__file__).parent
 SHARDS = {
     "kind": "llama", "micro": 4, "fsdp": True,
-    "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    "fsdp_config": {
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": False,
+    },
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from envs.errors import BadInput, RunFailed
 from envs.knobs import Knobs
+from envs.switchable import SwitchableOptimizer
 from envs.task import Task
 from envs.trainer_env import score, trainer_env
 from envs.trainer_job import Setup, TrainerJob
@@ -157,6 +159,45 @@ def test_the_schedule_is_the_trainers_own(factory):
     shape = [1 - step / STEPS for step in range(9)]
     assert rates == pytest.approx([1e-2 * x for x in shape[:4]] + [2e-2 * x for x in shape[4:8]])
     assert report.factor == pytest.approx(shape[8])
+
+
+def test_the_other_settings_are_the_trainers_own_until_they_are_turned(factory):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            decays = {group["weight_decay"] for group in optimizer.param_groups}
+            seen.append((max(decays), min(decays), args.max_grad_norm))
+
+    class Weighed(Trainer):
+        beta = 0.1
+
+    changes = {"weight_decay": 0.02, "max_grad_norm": 0.3, "callbacks": [Watch()]}
+    job = opened(factory, kind=Weighed, **changes)
+    assert (job.knobs.weight_decay, job.knobs.clip, job.knobs.beta) == (0.02, 0.3, 0.1)
+    job.advance(1)
+    job.apply(replace(job.knobs, weight_decay=0.5, clip=2.0, beta=0.4))
+    job.advance(1)
+    assert seen == [(0.02, 0.0, 0.3), (0.5, 0.0, 2.0)]  # of biases there is no decay
+    assert job._setup.trainer.beta == 0.4
+    with pytest.raises(BadInput, match="optimizer: is the Trainer's own"):
+        job.apply(replace(job.knobs, optimizer="sgd"))
+    assert opened(factory).knobs.beta is None
+
+
+def test_an_optimizer_that_can_be_switched_is_switched(factory):
+    def make(task, seed, knobs):
+        trainer = factory(seed)
+        weights = list(trainer.model.parameters())
+        trainer.optimizer = SwitchableOptimizer([{"params": weights}], lr=knobs.rate)
+        return Setup(trainer, score, ROWS, 3)
+
+    task = Task("trainer", objective="own", steps=STEPS, interval=4, batch=8, rows=ROWS)
+    job = TrainerJob(task, SEED, Knobs(1e-2), make=make)
+    job.advance(4)
+    job.apply(replace(job.knobs, optimizer="sgd"))
+    assert job.advance(4).finite
+    assert job._setup.trainer.optimizer.optimizer.kind == "sgd"
 
 
 def test_what_the_trainer_raises_is_raised(factory):

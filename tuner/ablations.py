@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.knobs import Actions
+from envs.knobs import Actions, plain
 from envs.surrogate import SurrogateVectorEnv
 from tuner.audit import Pilot
 from tuner.policy import PLACES, Policy
@@ -57,7 +57,7 @@ class RandomActions:
 
     def describe(self) -> dict[str, Any]:
         """What tells it from another."""
-        return {"policy": "random-actions", "actions": asdict(self.actions)}
+        return {"policy": "random-actions", "actions": plain(self.actions)}
 
     def pilot(self, seed: int, number: int = 0) -> Pilot:
         """For run ``number`` of the cell with that seed."""

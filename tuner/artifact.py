@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from envs.errors import BadArtifact, BadInput
-from envs.knobs import Actions
+from envs.knobs import Actions, plain
 from envs.observe import FEATURES, LIMIT, SIZE, VERSION
 
 FORMAT = 1
@@ -156,6 +156,7 @@ def encode(manifest: Manifest, arrays: Mapping[str, Array]) -> bytes:
     """The file: the same policy gives the same bytes, and they are safetensors' own."""
     check_arrays(manifest, arrays)
     entries, fields = layout(manifest), manifest.model_dump(mode="json")
+    fields["actions"] = plain(manifest.actions)
     text = _dumps({"__metadata__": {KEY: _dumps(fields, sort_keys=True)}} | entries).encode()
     text += b" " * (-len(text) % 8)
     body = b"".join(np.asarray(arrays[name], "<f4").tobytes() for name in entries)
@@ -228,6 +229,8 @@ def parse(text: bytes) -> Manifest:
         refuse("network.kind", f"{network.kind!r} does not go with {algorithm}", RETRAIN)
     if actions.view != "discrete" and algorithm != "ppo":
         refuse("actions.view", f"{algorithm} needs the discrete view", RETRAIN)
+    if actions.view == "joint":
+        refuse("actions.view", "'joint' is for agents that learn together", RETRAIN)
     if isinstance(network, Mlp):
         ends = network.layers[0], network.layers[-1]
         if ends != (SIZE, actions.size) or 0 in network.layers:

@@ -97,9 +97,11 @@ def replay(path: str | Path, policy: Pilot) -> list[str]:
         evidence = dict(record["evidence"])
         if evidence["strange"] != (strange := policy.outside(observation)):
             found.append(f"{where}: out of range: {evidence['strange']} in the log, {strange} now")
+        turns = tuple(evidence.pop("turns", ()))
         if (mode := evidence.pop("mode")) == "advise":
             continue
-        limits = replace(limits_of(mode), switch=record["applied"]["optimizer"] is not None)
+        switch = record["applied"]["optimizer"] is not None
+        limits = replace(limits_of(mode), switch=switch, turns=turns)
         guard, ruling = rule(guard, decode(action, actions), limits, **evidence)
         rate, decision = evidence["rate"], ruling.decision
         if decision.optimizer is None:
@@ -114,7 +116,8 @@ def replay(path: str | Path, policy: Pilot) -> list[str]:
 
 def applied(decision: Decision, knobs: Knobs, start: float) -> dict[str, Any]:
     """What a decision came to. start: the user's peak rate."""
-    return {
+    turned = {"turns": [list(turn) for turn in decision.turns]} if decision.turns else {}
+    return turned | {
         "multiplier": knobs.rate / start,
         "rate": knobs.rate,
         "rollback": decision.rollback,

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from transformers.trainer_callback import ExportableState
 
 from envs import probe
 from envs.errors import BadInput, SteersmanError
+from envs.handles import Handles
 from envs.instruments import Eyes, Rates, Slice, describe, read_weights, write_weights
 from envs.job import finite
-from envs.knobs import Knobs, Optimizer
+from envs.knobs import Decision, Knobs
 from envs.processes import rank, world
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 WATCH = 25  # updates between two looks at the losses, when decisions are further apart
 RENEW = 10  # and at least between two copies of the best weights, when only the guard needs them
 LOG, WEIGHTS = "tuner.jsonl", "tuner.safetensors"
-OPTIMIZERS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}
 
 
 def guarded(event: Callable[..., None]) -> Callable[..., None]:
@@ -72,6 +72,9 @@ class TunerCallback(TrainerCallback, ExportableState):
     it goes by the logged losses, and asks for one an interval. ``trainer=`` gives it each update's
     loss, and validation losses on the Trainer's own evaluation data. Where there is a reward (GRPO,
     RLOO) the loss is no measure: the cost is one less the logged reward.
+
+    A policy that was trained to may also turn weight decay, clipping and the number of layers in
+    training, and change the optimizer if it is a `envs.switchable.SwitchableOptimizer`.
 
     Arguments:
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
@@ -165,8 +168,10 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._loader = kwargs.get("train_dataloader")
         self._total = state.max_steps
         self._interval = max(1, math.ceil(self._total / self._decisions))
-        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-        self._knobs = Knobs(rate=self._rates.start, optimizer=OPTIMIZERS.get(kind, "adamw"))
+        users = saved.get("user", {}) if saved else {}
+        actions = self._policy.manifest.actions
+        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
+        self._knobs = self._handles.given
         self._context = Context(
             total=self._total,
             decisions=math.ceil(self._total / self._interval),
@@ -177,8 +182,9 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._rank = rank()
         log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG
         record = log if self._rank == 0 else None
-        start, advise = self._rates.start, self._advise
-        self._helm = Helm(self._policy, self._limits, start, advise=advise, log=record)
+        start, advise, hands = self._rates.start, self._advise, self._handles
+        limits = replace(self._limits, switch=hands.switch, turns=hands.dials)
+        self._helm = Helm(self._policy, limits, start, advise=advise, log=record)
         self._book = Logbook(next=state.global_step)
         self._snapshot: Snapshot | None = None
         if saved:
@@ -255,6 +261,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         """Leave the model and the arguments as they were found."""
         if self._begun and self._quiet:
             args.logging_nan_inf_filter = True
+        if self._begun:
+            self._handles.leave(self._knobs)
         self._live = False
         self._release()
 
@@ -344,7 +352,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         trouble = False
         if self._rank == 0:
             history = [*self._book.history, self._book.shown(report, None)]
-            trouble = bool(alarm(history, self._limits, self._knobs.rate / self._rates.start))
+            trouble = bool(alarm(history, self._limits, self._knobs.rate / self._helm.start_now))
         (found,), failed = share([trouble], self._eyes.device, self._failing)
         if found or failed:
             self._book.report = self._book.report or self._close(step)
@@ -362,31 +370,33 @@ class TunerCallback(TrainerCallback, ExportableState):
 
     def _decide(self, step: int, fresh: bool = True) -> None:
         """One decision: rank 0 takes it, all carry it out. fresh: look at the validation loss."""
-        start = self._rates.start
-        order = Order(start, rollback=False, off=True, keep=False)
+        knobs = self._handles.given
+        order = stop = Order(knobs.rate, rollback=False, off=True, keep=False)
         try:
             self._book.report = self._book.report or self._glance(step)
             value = self._validation() if fresh else None
             if self._rank == 0:
-                order = self._think(step, value)
+                order, knobs = self._think(step, value)
         except Exception as error:
             self._failure = self._failure or error
-        numbers, failed = share(order, self._eyes.device, self._failing)
-        order = Order(*numbers)
+        numbers, failed = share(
+            (*order, *self._handles.numbers(knobs)), self._eyes.device, self._failing
+        )
+        order, knobs = Order(*numbers[:4]), self._handles.knobs(numbers[0], *numbers[4:])
         if failed:
             mine = self._failure or self._eyes.error
             self._helm.fail(mine or RuntimeError("another process failed"), step)
-            order = Order(start, rollback=False, off=True, keep=False)
+            order, knobs = stop, self._handles.given
         self._eyes.losses, self._book.report = [], None
         self._book.last, self._book.next = step, (step // self._interval + 1) * self._interval
         if not self._advise:
-            if order.rate != self._knobs.rate:
-                self._turn(order.rate)
             if order.keep:
                 self._snapshot = remember(self._eyes.parameters, into=self._snapshot)
             if order.rollback and self._snapshot is not None:
                 recall(self._snapshot, self._eyes.parameters, self._optimizer)
                 self._eyes.reshard()
+            if knobs != self._knobs:
+                self._turn(knobs)
         if order.off:
             self._live = False
             self._release()
@@ -405,29 +415,34 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._eyes.reshard()
         return loss
 
-    def _think(self, step: int, value: float | None) -> Order:
+    def _think(self, step: int, value: float | None) -> tuple[Order, Knobs]:
         """Observe, ask, and say what is to be done. value: a new validation loss."""
         book = self._book
         book.add(book.shown(book.report or self._glance(step), value))
-        trouble = alarm(book.history, self._limits, self._knobs.rate / self._rates.start)
+        trouble = alarm(book.history, self._limits, self._knobs.rate / self._helm.start_now)
         # A policy rolls back to the very best, as in its training; the guard to a little before.
         keep = not trouble and book.is_best(0 if self._limits.rollback else RENEW)
         warming = self._rates.warming
         ruling = self._helm.decide(book.history, self._context, self._knobs, warming=warming)
         book.applied = ruling.decision
-        rate = ruling.turn(self._knobs, self._context).rate
-        return Order(rate, ruling.decision.rollback, ruling.off, keep)
+        knobs = self._handles.fit(ruling.turn(self._knobs, self._context))
+        if ruling.off and knobs.optimizer != self._handles.given.optimizer:  # the user's again
+            switch = Decision(optimizer=self._handles.given.optimizer)
+            knobs = replace(ruling, decision=switch).turn(knobs, self._context)
+        return Order(knobs.rate, ruling.decision.rollback, ruling.off, keep), knobs
 
-    def _turn(self, rate: float) -> None:
-        self._rates.put(rate)
-        self._knobs = replace(self._knobs, rate=rate)
+    def _turn(self, knobs: Knobs) -> None:
+        self._handles.put(knobs, self._knobs)
+        self._rates.put(knobs.rate)
+        self._knobs = knobs
+        self._context = replace(self._context, optimizer=knobs.optimizer)
 
     def _give_up(self, error: Exception, step: int) -> None:
         self._live = False
         try:
             self._helm.fail(error, step)
             if not self._advise:
-                self._turn(self._rates.start)
+                self._turn(self._handles.given)
         finally:
             self._release()
 
@@ -447,6 +462,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         saved = {
             "base_rates": self._rates.base,
             "rate": self._knobs.rate,
+            "knobs": asdict(self._knobs),
+            "user": {"decays": self._handles.decays, "kind": self._handles.kind},
             "helm": self._helm.state(),
             "book": self._book.to_json(),
             "losses": self._eyes.fetch(),
@@ -471,7 +488,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._book = Logbook.from_json(saved["book"])
         self._eyes.losses = list(saved["losses"])
         if not self._advise:
-            self._turn(saved["rate"])
+            self._turn(Knobs(**saved.get("knobs", asdict(self._knobs) | {"rate": saved["rate"]})))
         self._gauge = Gauge(saved.get("bounded"))
         self._slice = None if saved.get("dropped") else self._slice
         folder = _folder(args, step)

@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from envs.dials import parse
 from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
 from envs.hardware import Plan, probe
@@ -82,6 +83,9 @@ class TrainConfig(BaseModel):
         (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
     )
     rollback: bool = Field(True, description="an action puts the best weights back")
+    turns: tuple[str, ...] = Field(
+        (), description="steps of further knobs, as 'weight_decay x3' or 'depth -1'"
+    )
     seed: int = Field(0, ge=0, description="seed of everything")
 
     @field_validator("budget")
@@ -119,7 +123,9 @@ class TrainConfig(BaseModel):
         """The action view."""
         if self.view == "continuous" and self.agent != "ppo":
             raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
-        return Actions(self.view, self.multipliers, self.rollback)
+        return Actions(
+            self.view, self.multipliers, self.rollback, turns=tuple(map(parse, self.turns))
+        )
 
     def check(self) -> None:
         """Raise `BadInput` for what only becomes wrong together."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from baselines.optimizers import OPTIMIZERS
 from baselines.population import POPULATIONS
 from baselines.schedules import STATIC, Fixed, KeepAgain, best_fixed, grid
 from baselines.search import KNOTS, Search
+from envs.dials import DIALS, label
 from envs.errors import BadInput, UnknownName
 from envs.files import make_folder
 from envs.job import report_start, with_validation
-from envs.knobs import Knobs
+from envs.knobs import Decision, Knobs, opened
 from tuner.ablations import Ablation, RandomActions, Rule, Shuffled
 from tuner.audit import Pilot
 from tuner.guard import limits_of
@@ -74,19 +75,20 @@ class PolicyMethod:
 
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
-    knobs = Knobs(rate=start)
+    knobs = opened(Knobs(rate=start), policy.manifest.actions)
     job = arena.open(knobs)
     best, curve, state = Best(), list[Point](), "complete"
     ended = start
-    helm = Helm(policy, limits_of(mode), start)
+    own = tuple(name for name in DIALS if getattr(job.knobs, name) is not None)
+    helm = Helm(policy, replace(limits_of(mode), turns=own), start)
     try:
         first = job.evaluate("validation").loss
         history, lowest, snapshot = [report_start(job, first)], first, job.snapshot()
         while job.step < job.task.steps:
             ruling = helm.decide(history, job.context, job.knobs)
-            before = job.knobs
             if ruling.decision.rollback:
                 job.restore(snapshot)
+            before = job.knobs
             job.apply(ruling.turn(before, job.context))
             progress = job.advance(min(job.task.interval, job.task.steps - job.step))
             loss = job.evaluate("validation").loss
@@ -96,7 +98,7 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
             score = job.evaluate("selection")
             if best.offer(score, job):
                 ended = job.knobs.rate
-            words = _words(ruling.decision.rollback, job.knobs.rate / before.rate)
+            words = _words(ruling.decision, job.knobs.rate / before.rate)
             curve.append(
                 point(
                     progress, job.knobs, score, validation_loss=loss, decision=words,
@@ -269,9 +271,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _words(rollback: bool, factor: float) -> str:
-    if rollback:
+def _words(decision: Decision, factor: float) -> str:
+    if decision.rollback:
         return "rollback"
+    if decision.turns:
+        return ", ".join(map(label, decision.turns))
     return "keep" if abs(factor - 1) < 1e-9 else f"x{factor:.2g}"
 
 

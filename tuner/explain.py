@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rich.console import RenderableType
 from rich.table import Table
 
+from envs.dials import label
 from envs.errors import BadInput
 from envs.knobs import Actions
 from envs.observe import FEATURES, LIMIT
@@ -55,7 +56,10 @@ def explain_run(policy: Policy, folder: Path) -> Iterator[RenderableType]:
                 str(entry["step"]),
                 _standing_out(normalised, np.array(entry["observation"], dtype=float)),
                 str(entry["proposed"]),
-                "rollback" if applied["rollback"] else f"x{applied['multiplier']:.3g}",
+                "rollback"
+                if applied["rollback"]
+                else ", ".join(label((name, amount)) for name, amount in applied.get("turns", ()))
+                or f"x{applied['multiplier']:.3g}",
                 f"{applied['rate']:.3g}",
                 str(entry["guard"]),
             )

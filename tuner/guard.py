@@ -43,6 +43,7 @@ class Limits:
     gentle: bool = False  # not raised during warm-up; an alarm also on a mere spike
     rollback: bool = True  # the policy may roll back when it likes
     switch: bool = False  # whoever carries out the rulings can change the optimizer
+    turns: tuple[str, ...] = ()  # and these of `envs.dials.DIALS`
 
 
 CAREFUL = Limits(
@@ -79,10 +80,11 @@ class Ruling:
     high: float
     guard: str = ""  # why it is not what the policy wished; empty when the wish was granted
     off: bool = False  # the tuner is off from here on
+    back: tuple[tuple[str, float], ...] = ()  # dials that are put back to what the user gave
 
     def turn(self, knobs: Knobs, context: Context) -> Knobs:
         """The knobs after this ruling."""
-        return turn(
+        turned = turn(
             knobs,
             self.decision,
             low=self.low,
@@ -90,6 +92,7 @@ class Ruling:
             parameters=context.parameters,
             adapter=context.adapter,
         )
+        return turned.having(**dict(self.back))
 
 
 def rule(
@@ -127,6 +130,10 @@ def rule(
         return replace(after, strange=count), Ruling(Decision(eased), low, high, reason)
     if wish.optimizer is not None and not limits.switch:
         return after, Ruling(KEEP, low, high, "the optimizer cannot be switched here")
+    for name, _ in wish.turns:
+        if name not in limits.turns:
+            words = f"the {name.replace('_', ' ')} cannot be turned here"
+            return after, Ruling(KEEP, low, high, words)
     if wish.rollback and not limits.rollback:
         return after, Ruling(KEEP, low, high, f"no rollback in {limits.mode} mode")
     if wish != KEEP and lead is not None and lead < limits.lead:

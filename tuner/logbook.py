@@ -84,11 +84,16 @@ class Logbook:
                 **found,
                 "history": [_progress(each) for each in found["history"]],
                 "report": report and _progress(report),
-                "applied": Decision(**found["applied"]),
+                "applied": _decision(found["applied"]),
             }
         )
 
 
 def _progress(found: dict[str, Any]) -> Progress:
-    decision = Decision(**found["decision"])
+    decision = _decision(found["decision"])
     return Progress(**{**found, "losses": tuple(found["losses"]), "decision": decision})
+
+
+def _decision(found: dict[str, Any]) -> Decision:
+    turns = found.get("turns", ())  # an older checkpoint has none
+    return Decision(**{**found, "turns": tuple((name, amount) for name, amount in turns)})

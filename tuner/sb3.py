@@ -1,6 +1,7 @@
 """PPO and DQN of stable-baselines3 as agents."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,7 @@ class PPOAgent:
     """Proximal policy optimisation; discrete or continuous actions.
 
     keep: the discrete action that changes nothing, preferred at the start; None for no preference.
+    In the joint view one for each seat, counted through all seats' choices.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class PPOAgent:
         decisions: int,
         normaliser: Normaliser,
         config: PPOConfig,
-        keep: int | None = None,
+        keep: int | Sequence[int] | None = None,
     ) -> None:
         self._venv = VectorAdapter(envs, normaliser, config.group)
         self._steps = decisions * config.episodes
@@ -140,7 +142,8 @@ class PPOAgent:
         )
         if keep is not None:  # one change at a time teaches more than a random walk of the rate
             with torch.no_grad():
-                self._model.policy.action_net.bias[keep] += config.restraint
+                kept = [keep] if isinstance(keep, int) else list(keep)
+                self._model.policy.action_net.bias[kept] += config.restraint
 
     def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
         """One rollout of whole episodes, then its epochs of updates."""

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from envs.dials import label
 from envs.errors import BadInput
 from envs.knobs import KEEP, Knobs, decode, exchange
 from envs.observe import observe
@@ -38,7 +39,13 @@ class Helm:
         self.policy, self.limits, self.start_rate, self.advise = policy, limits, start_rate, advise
         self.guard = GuardState()
         self._start = start_rate  # in terms of the optimizer in use
+        self._given: tuple[tuple[str, float], ...] = ()  # the user's settings of dials turned since
         self.audit = Audit(Path(log)) if log is not None else None
+
+    @property
+    def start_now(self) -> float:
+        """The user's peak rate, in terms of the optimizer in use."""
+        return self._start
 
     @property
     def off(self) -> str:
@@ -48,7 +55,7 @@ class Helm:
     def start(self) -> None:
         """Begin a new run: nothing remembered, a new log."""
         self.guard = GuardState()
-        self._start = self.start_rate
+        self._start, self._given = self.start_rate, ()
         if self.audit is not None:
             self.audit.start()
 
@@ -73,6 +80,7 @@ class Helm:
             logger.warning("the tuner failed and is off; your schedule rules: %s", text)
         reason = f"failed: {text}"
         self.guard, ruling = switch_off(self.guard, self._start, reason)
+        ruling = replace(ruling, back=self._given)
         applied = {
             "multiplier": 1.0, "rate": self._start, "rollback": False, "optimizer": None
         }  # fmt: skip
@@ -92,7 +100,8 @@ class Helm:
     ) -> Ruling:
         start, actions = self._start, self.policy.manifest.actions
         if self.off:
-            return rule(self.guard, KEEP, self.limits, rate=knobs.rate, start=start)[1]
+            ruling = rule(self.guard, KEEP, self.limits, rate=knobs.rate, start=start)[1]
+            return replace(ruling, back=self._given)
         observation = observe(history, context)
         action = self.policy.act(observation)
         evidence: dict[str, Any] = {
@@ -104,14 +113,18 @@ class Helm:
             "lead": lead(self.policy, observation, actions),
         }
         after, ruling = rule(self.guard, decode(action, actions), self.limits, **evidence)
+        ruling = replace(ruling, back=self._given if ruling.off else ())
         would = ruling.turn(knobs, context)
         if self.advise:
             advice = f"advice only: x{would.rate / start:.4g} of the schedule"
+            advice += "".join(f", {label(turn)}" for turn in ruling.decision.turns)
             advice += ", rolled back" if ruling.decision.rollback else ""
             ruling = Ruling(KEEP, knobs.rate, knobs.rate, advice)
             after, would = self.guard, knobs
         if self.audit is not None:
             evidence["mode"] = "advise" if self.advise else self.limits.mode
+            if self.limits.turns:
+                evidence["turns"] = list(self.limits.turns)
             self.audit.append(
                 {
                     "step": history[-1].step,
@@ -128,6 +141,12 @@ class Helm:
         if after.off:
             logger.warning("the tuner is off; your schedule rules: %s", after.off)
         self.guard = after
+        known = dict(self._given)
+        self._given += tuple(
+            (name, getattr(knobs, name))
+            for name, _ in ruling.decision.turns
+            if name not in known and getattr(knobs, name) is not None
+        )
         self._start *= exchange(
             knobs.optimizer, would.optimizer, context.parameters, context.adapter
         )
@@ -138,6 +157,7 @@ class Helm:
         return {
             "guard": asdict(self.guard),
             "start": self._start,
+            "given": [list(pair) for pair in self._given],
             "sha256": self.policy.sha256,
             "lines": self.audit.lines if self.audit else 0,
         }
@@ -150,5 +170,6 @@ class Helm:
                 f"by {state['sha256'][:12]!r}; give the policy that the run began with"
             )
         self.guard, self._start = GuardState(**state["guard"]), state["start"]
+        self._given = tuple((name, value) for name, value in state.get("given", ()))
         if self.audit is not None:
             self.audit.cut(state["lines"])

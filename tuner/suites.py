@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from envs.task import Adapter, find
+from envs.task import OBJECTIVE_TASKS, Adapter, find
 from tuner.settings import CompareConfig
 
 Scale = Literal["full", "quick"]
@@ -166,6 +166,33 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                     search_seeds=5,
                     runs=4,
                     best_of=4,
+                ),
+            ),
+            Suite(
+                "objectives",
+                "Every other objective at tiny size, from a rate exactly a decade too low and a "
+                "decade too high: whether it steers what it may never have been trained on.",
+                _compare(
+                    tasks=tuple(OBJECTIVE_TASKS),
+                    methods=("keep", "tpe"),
+                    seeds=3,
+                    search_seeds=2,
+                    runs=8,
+                    offsets=(-1.0, 1.0),
+                ),
+            ),
+            Suite(
+                "objectives-careful",
+                "A causal language model and DPO in mode careful, from a rate misjudged by at most "
+                "0.3 decades: whether it harms them.",
+                _compare(
+                    tasks=("dialogue-lm", "dpo"),
+                    methods=("keep", "keep-again"),
+                    seeds=10,
+                    search_seeds=1,
+                    runs=2,
+                    decades=0.3,
+                    mode="careful",
                 ),
             ),
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
@@ -89,31 +90,7 @@ class TabularAgent:
 
     def learn(self, envs: VectorEnv, seed: int, share: float) -> dict[str, float]:
         """Some episodes in every environment, an update after each step."""
-        config, rng = self.config, np.random.default_rng(seed)
-        epsilon = config.explore_from + (config.explore_to - config.explore_from) * min(
-            1.0, share / 0.8
-        )
-        observations, _ = envs.reset(seed=seed)
-        state = self.states(observations)
-        action = self._choose(state, epsilon, rng)
-        left = np.full(envs.num_envs, config.episodes)
-        errors = []
-        while left.any():
-            observations, rewards, terminated, truncated, _ = envs.step(action)
-            following = self.states(observations)
-            chosen = self._choose(following, epsilon, rng)
-            for i in np.flatnonzero(left):
-                if truncated[i]:  # cut off from outside: neither an end nor a next state
-                    left[i] -= 1
-                    continue
-                goal = float(rewards[i])
-                if terminated[i]:
-                    left[i] -= 1
-                else:
-                    goal = self.target(self.table, goal, int(following[i]), int(chosen[i]))
-                errors.append(abs(self._update(int(state[i]), int(action[i]), goal)))
-            state, action = following, chosen
-        return {"epsilon": epsilon, "td_error": float(np.mean(errors)) if errors else 0.0}
+        return together([self], envs, seed, share)
 
     def network(self) -> tuple[Network, Arrays]:
         """The table with its bins; never-visited pairs stay below every visited one.
@@ -150,3 +127,45 @@ class TabularAgent:
         error = goal - self.table[state, action]
         self.table[state, action] += max(size, self.config.floor) * error
         return float(error)
+
+
+def together(
+    agents: "Sequence[TabularAgent]", envs: VectorEnv, seed: int, share: float
+) -> dict[str, float]:
+    """Some episodes in every environment; each agent learns from the reward that all share.
+
+    Several agents, one for each seat of the joint view, learn independently: to each the others
+    are part of the environment (Tan 1993).
+    """
+    config, rng = agents[0].config, np.random.default_rng(seed)
+    epsilon = config.explore_from + (config.explore_to - config.explore_from) * min(
+        1.0, share / 0.8
+    )
+
+    def choose(states: list[NDArray[np.intp]]) -> list[NDArray[np.int64]]:
+        return [a._choose(s, epsilon, rng) for a, s in zip(agents, states, strict=True)]
+
+    joint = not isinstance(envs.single_action_space, Discrete)
+    observations, _ = envs.reset(seed=seed)
+    state = [agent.states(observations) for agent in agents]
+    action = choose(state)
+    left = np.full(envs.num_envs, config.episodes)
+    errors = []
+    while left.any():
+        taken = np.stack(action, 1) if joint else action[0]
+        observations, rewards, terminated, truncated, _ = envs.step(taken)
+        following = [agent.states(observations) for agent in agents]
+        chosen = choose(following)
+        for i in np.flatnonzero(left):
+            if terminated[i] or truncated[i]:
+                left[i] -= 1
+            if truncated[i]:  # cut off from outside: neither an end nor a next state
+                continue
+            for k, agent in enumerate(agents):
+                goal = float(rewards[i])
+                if not terminated[i]:
+                    after = int(following[k][i]), int(chosen[k][i])
+                    goal = agent.target(agent.table, goal, *after)
+                errors.append(abs(agent._update(int(state[k][i]), int(action[k][i]), goal)))
+        state, action = following, chosen
+    return {"epsilon": epsilon, "td_error": float(np.mean(errors)) if errors else 0.0}

@@ -1,0 +1,104 @@
+"""Handles: the knobs of a Trainer beyond its rate, found on its parts, set, and put back."""
+
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import nn
+
+from envs.errors import BadInput
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened
+from envs.parts import Parts
+from envs.switchable import SwitchableOptimizer
+
+KINDS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}  # of others, "adamw"
+
+
+class Handles:
+    """What a callback can set: weight decay, clipping, depth, and a `SwitchableOptimizer`'s kind.
+
+    Not LoRA's scaling, which a Trainer's checkpoint does not keep, nor beta, which is the Trainer's
+    own.
+    """
+
+    def __init__(
+        self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
+        *, decays: list[float] | None = None, kind: str = "",
+    ) -> None:  # fmt: skip
+        """actions: the policy's. decays, kind: the user's, where a checkpoint has brought others.
+
+        In several processes layers stay as they are: each waits for the gradients of all.
+        """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._args, self._optimizer = args, optimizer
+        self._inner = inner if isinstance(inner, SwitchableOptimizer) else None
+        if self._inner is not None and getattr(args, "fsdp", None):
+            raise BadInput("trainer: fsdp: its optimizer cannot be switched; use a plain one")
+        groups = optimizer.param_groups
+        self.decays = decays or [float(group.get("weight_decay") or 0.0) for group in groups]
+        largest = max(self.decays)
+        self._shares = [
+            decay / largest if largest else float(all(p.ndim >= 2 for p in group["params"]))
+            for decay, group in zip(self.decays, groups, strict=True)
+        ]
+        clip = float(args.max_grad_norm or 0.0)
+        self.kind = kind or (self._inner.kind if self._inner else KINDS.get(type(inner).__name__))
+        self._parts = Parts(model)
+        wish = opened(Knobs(rate=rate), actions)
+        depth = None if args.world_size > 1 else self._parts.fit(wish, Knobs()).depth
+        self.given = Knobs(
+            rate=rate,
+            optimizer=cast(Optimizer, self.kind or "adamw"),
+            weight_decay=min(max(largest, 0.0), 1.0),
+            clip=min(max(clip, 0.0), 1e6),
+            depth=depth,
+        )
+        can = {
+            "weight_decay": any(self._shares) and 0 <= largest <= 1,
+            "clip": 0 < clip <= 1e6,
+            "depth": depth is not None,
+        }
+        self.dials = tuple(name for name, able in can.items() if able)
+
+    @property
+    def switch(self) -> bool:
+        """Whether the optimizer can be switched."""
+        return self._inner is not None
+
+    def fit(self, knobs: Knobs) -> Knobs:
+        """The wish as this run can have it: no more layers than were in training at the start."""
+        most = self.given.depth
+        if knobs.depth is None or most is None:
+            return knobs
+        return replace(knobs, depth=min(knobs.depth, most))
+
+    def numbers(self, knobs: Knobs) -> tuple[float, ...]:
+        """The settings beyond the rate as numbers, for other processes; NaN stands for None."""
+        depth = math.nan if knobs.depth is None else knobs.depth
+        return OPTIMIZERS.index(knobs.optimizer), knobs.weight_decay, knobs.clip, depth
+
+    def knobs(self, rate: float, kind: float, decay: float, clip: float, depth: float) -> Knobs:
+        """What `numbers` was made of, and a rate."""
+        return replace(
+            self.given, rate=rate, optimizer=OPTIMIZERS[int(kind)], weight_decay=decay, clip=clip,
+            depth=None if math.isnan(depth) else int(depth),
+        )  # fmt: skip
+
+    def put(self, knobs: Knobs, before: Knobs) -> None:
+        """Set what differs from ``before``, but the rate."""
+        if self._inner is not None:
+            self._inner.switch(knobs.optimizer)
+        if knobs.weight_decay != before.weight_decay:
+            wanted = [knobs.weight_decay * share for share in self._shares]
+            if knobs.weight_decay == self.given.weight_decay:
+                wanted = self.decays
+            for group, decay in zip(self._optimizer.param_groups, wanted, strict=True):
+                group["weight_decay"] = decay
+        if knobs.clip != before.clip:
+            self._args.max_grad_norm = knobs.clip
+        if knobs.depth != before.depth:
+            self._parts.put(replace(knobs, adapter_scale=None))
+
+    def leave(self, knobs: Knobs) -> None:
+        """The run is over: the arguments and what is trainable are as they were found."""
+        self.put(replace(knobs, clip=self.given.clip, depth=self.given.depth), knobs)

@@ -1,0 +1,276 @@
+"""A Trainer's optimizer that changes on the way, and its other knobs at the policy's hand."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_callback import (
+    EVERY,
+    KEEP,
+    STEPS,
+    Stub,
+    by_turns,
+    equal,
+    lines,
+    own,
+    task,  # noqa: F401  (the fixture)
+    train,
+    weights,
+)
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+from envs import optim
+from envs.env import FineTuneEnv
+from envs.errors import BadInput, UnknownName
+from envs.handles import Handles
+from envs.job import TorchJob
+from envs.knobs import OPTIMIZERS, Actions, Knobs
+from envs.switchable import SwitchableOptimizer
+from tuner.audit import replay
+from tuner.callback import LOG, TunerCallback
+
+ACTIONS = Actions(
+    optimizers=OPTIMIZERS,
+    turns=(("weight_decay", 3.0), ("clip", 0.3), ("depth", -1.0), ("depth", 1.0), ("clip", 3.0)),
+)
+AT = {ACTIONS.label(action): action for action in range(ACTIONS.size)}
+RATES = {"adamw": 1e-2, "sgd": 1e-1, "rmsprop": 1e-3}
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+
+
+def run(net, optimizer, updates, first=0, scheduler=None):
+    for number in range(first, first + updates):
+        torch.manual_seed(number)
+        net(torch.randn(6, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_unswitched_it_is_torchs_own_to_the_bit(kind):
+    found = []
+    for make in (
+        lambda p, knobs: optim.make(p, knobs),
+        lambda p, knobs: SwitchableOptimizer(p, kind, lr=knobs.rate, weight_decay=0.1),
+    ):
+        net = model()
+        optimizer = make([*net.parameters()], Knobs(RATES[kind], optimizer=kind, weight_decay=0.1))
+        scheduler = LambdaLR(optimizer, lambda step: 1 - step / 20)
+        found.append(run(net, optimizer, 10, scheduler=scheduler))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("old", OPTIMIZERS)
+@pytest.mark.parametrize("new", OPTIMIZERS)
+def test_a_switch_hands_over_and_a_resumed_one_goes_on_to_the_bit(old, new):
+    net, other = model(), model()
+    before = Knobs(RATES[old], optimizer=old, weight_decay=0.1)
+    mine = SwitchableOptimizer(net.parameters(), old, lr=RATES[old], weight_decay=0.1)
+    plain = optim.make([*other.parameters()], before)
+    run(net, mine, 5), run(other, plain, 5)
+    mine.switch(new)
+    if old != new:
+        plain = optim.hand_over(
+            plain, [*other.parameters()], Knobs(RATES[old], optimizer=new, weight_decay=0.1)
+        )
+    assert mine.kind == new
+    assert torch.equal(run(net, mine, 2, 5), run(other, plain, 2, 5))
+    saved, again = copy.deepcopy(mine.state_dict()), copy.deepcopy(net)
+    assert saved["kind"] == new
+    fresh = SwitchableOptimizer(again.parameters(), old, lr=1.0)
+    fresh.load_state_dict(saved)
+    assert torch.equal(run(again, fresh, 4, 7), run(net, mine, 4, 7))
+
+
+def test_groups_keep_their_own_settings_through_a_switch():
+    net = model()
+    groups = [
+        {"params": [net[0].weight], "lr": 1e-2, "weight_decay": 0.3, "name": "low"},
+        {"params": [net[2].weight], "lr": 1e-3},
+    ]
+    optimizer = SwitchableOptimizer(groups, lr=5.0)
+    LambdaLR(optimizer, lambda step: 1.0)
+    optimizer.switch("sgd")
+    kept = [
+        {key: group.get(key) for key in ("lr", "weight_decay", "name", "initial_lr", "momentum")}
+        for group in optimizer.param_groups
+    ]
+    assert kept == [
+        {"lr": 1e-2, "weight_decay": 0.3, "name": "low", "initial_lr": 1e-2, "momentum": 0.9},
+        {"lr": 1e-3, "weight_decay": 0.0, "name": None, "initial_lr": 1e-3, "momentum": 0.9},
+    ]
+    with pytest.raises(UnknownName, match="adamw"):
+        optimizer.switch("adam")
+
+
+# -- in a Trainer ----------------------------------------------------------------------------
+
+
+def switchable(kind="adamw", rate=2e-3, decay=0.0):
+    def put(trainer):
+        trainer.optimizer = SwitchableOptimizer(
+            trainer.model.parameters(), kind, lr=rate, weight_decay=decay
+        )
+
+    return put
+
+
+def stub(*names):
+    policy = Stub(by_turns(*[KEEP if name == "keep" else AT[name] for name in names]))
+    policy.manifest.actions = ACTIONS
+    return policy
+
+
+class Watch(TrainerCallback):
+    """What the optimizer of each update was."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, model=None, **kwargs):
+        inner, group = optimizer.optimizer, optimizer.param_groups[0]
+        frozen = sum(not p.requires_grad for p in model.parameters()) > 0
+        self.seen.append((getattr(inner, "kind", ""), group["weight_decay"], args.max_grad_norm,
+                          frozen))  # fmt: skip
+
+
+class OneSeed(FineTuneEnv):
+    def _draw(self, options):
+        given, knobs, _ = super()._draw(options)
+        return given, knobs, 5
+
+
+NAMES = ("weight_decay x3", "sgd", "weight_decay x3", "clip x0.3", "depth -1",
+         "rmsprop", "keep", "depth +1", "adamw", "x0.6")  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [NAMES, NAMES[::-1]])
+def test_a_trainer_obeys_as_the_environments_job_does(task, tmp_path, order):  # noqa: F811
+    """Observations, rates and weights, through switches and turns of every knob."""
+    policy = stub(*order)
+    tuner = TunerCallback(policy, mode="explore", eval_dataset=own(task), eval_rows=64, classes=3)
+    trainer = train(task, tmp_path, tuner, before=switchable())
+    env = OneSeed(task, actions=ACTIONS, make_job=TorchJob)
+    seen, rates = [env.reset(seed=0, options={"rate": 2e-3})[0]], []
+    for name in order:
+        observation, *_, info = env.step(KEEP if name == "keep" else AT[name])
+        seen.append(observation)
+        rates += [info["rate"] * (STEPS - len(rates) - i) / STEPS for i in range(EVERY)]
+    assert len(policy.seen) == 10
+    assert [line["guard"] for line in lines(tmp_path)] == [""] * 10
+    np.testing.assert_allclose(policy.seen, seen[:10], rtol=1e-4, atol=1e-4)
+    assert trainer.recorder.rates == pytest.approx(rates, rel=1e-12)
+    for mine, other in zip(weights(trainer), env._job._module.parameters(), strict=True):
+        torch.testing.assert_close(mine, other.detach(), rtol=1e-4, atol=1e-5)
+    assert replay(tmp_path / LOG, policy) == []
+
+
+@pytest.mark.parametrize("save", [8, 15, 22])
+def test_a_run_that_switched_is_resumed_to_the_bit(task, tmp_path, save):  # noqa: F811
+    args = {"save_strategy": "steps", "save_steps": save, "weight_decay": 0.02}
+
+    def tuner():
+        return TunerCallback(stub(*NAMES), mode="explore", eval_dataset=own(task))
+
+    watch, again = Watch(), Watch()
+    begin = switchable("rmsprop", 1e-3, 0.02)
+    whole = train(task, tmp_path, tuner(), dropout=0.1, before=begin, extra=[watch], **args)
+    log, found = (tmp_path / LOG).read_bytes(), weights(whole)
+    path = str(tmp_path / f"checkpoint-{save}")
+    resumed = train(task, tmp_path, tuner(), dropout=0.1, before=begin, extra=[again],
+                    resume=path, **args)  # fmt: skip
+    assert again.seen == watch.seen[save:]
+    assert resumed.recorder.rates == whole.recorder.rates[save:]
+    assert (tmp_path / LOG).read_bytes() == log
+    assert equal(found, weights(resumed))
+    kinds = [kind for kind, *_ in watch.seen]
+    assert (kinds[0], kinds[4], kinds[16], kinds[-1]) == ("rmsprop", "sgd", "rmsprop", "adamw")
+    decays = [round(decay, 6) for _, decay, *_ in watch.seen]
+    assert (decays[0], decays[7], decays[-1]) == (0.06, 0.18, 0.18)
+    assert {round(clip, 6) for *_, clip, _ in watch.seen} == {1.0, 0.3}
+    assert [frozen for *_, frozen in watch.seen[9:24:3]] == [False, True, True, True, False]
+    for trainer in (whole, resumed):
+        assert trainer.args.max_grad_norm == 1.0  # as it was found
+        assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_a_plain_optimizer_is_not_switched(task, tmp_path):  # noqa: F811
+    train(task, tmp_path, TunerCallback(stub("sgd"), mode="explore"), max_grad_norm=0.0)
+    assert {line["guard"] for line in lines(tmp_path)} == {"the optimizer cannot be switched here"}
+    train(task, tmp_path, TunerCallback(stub("clip x0.3"), mode="explore"), max_grad_norm=0.0)
+    assert {line["guard"] for line in lines(tmp_path)} == {"the clip cannot be turned here"}
+
+
+def test_once_off_the_users_settings_rule_again(task, tmp_path):  # noqa: F811
+    """The second divergence switches the tuner off."""
+    watch = Watch()
+
+    def spoil(trainer):
+        switchable(decay=0.01)(trainer)
+        trainer.model.register_forward_hook(
+            lambda module, args, output: output | {"loss": output["loss"] * math.nan}
+            if module.training and 12 <= trainer.state.global_step < 20 else output
+        )  # fmt: skip
+
+    policy = stub("sgd", "weight_decay x3", "clip x0.3", "depth -1", "keep")
+    trainer = train(task, tmp_path, TunerCallback(policy, mode="explore"), before=spoil,
+                    extra=[watch], weight_decay=0.01)  # fmt: skip
+    assert "off" in lines(tmp_path)[-1]["guard"]
+    assert watch.seen[11] == ("sgd", pytest.approx(0.03), pytest.approx(0.3), True)
+    assert watch.seen[-1] == ("adamw", 0.01, 1.0, False)
+    last = trainer.recorder.rates[-1] * STEPS
+    assert last == pytest.approx(lines(tmp_path)[-1]["applied"]["multiplier"] * 2e-3)
+
+
+def test_a_policy_that_fails_leaves_the_users_settings(task, tmp_path):  # noqa: F811
+    watch, policy = Watch(), stub("sgd", "weight_decay x3", "depth -1", "keep")
+    choose = policy._choose
+
+    def fail(seen):
+        if seen[0] > 0.35:
+            raise RuntimeError("no more")
+        return choose(seen)
+
+    policy._choose = fail
+    trainer = train(task, tmp_path, TunerCallback(policy, mode="explore"), extra=[watch],
+                    before=switchable())  # fmt: skip
+    assert watch.seen[11][0] == "sgd"
+    assert watch.seen[-1] == ("adamw", 0.0, 1.0, False)
+    assert trainer.recorder.rates[-1] == pytest.approx(2e-3 / STEPS)
+    assert json.loads(json.dumps(lines(tmp_path)[-1]))["guard"].startswith("off: failed")
+
+
+def test_sharded_weights_are_refused(task):  # noqa: F811
+    class Args:
+        fsdp, max_grad_norm, world_size = ["full_shard"], 1.0, 1
+
+    optimizer = SwitchableOptimizer(model().parameters())
+    with pytest.raises(BadInput, match=r"^trainer: fsdp: .*; use a plain one"):
+        Handles(Args, model(), optimizer, 1e-3, ACTIONS)
+
+
+def test_settings_travel_as_numbers_and_layers_stay_in_several_processes():
+    class Args:
+        fsdp, max_grad_norm, world_size = "", 1.0, 1
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)] * 1))
+    handles = Handles(Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS)
+    assert handles.dials == ("weight_decay", "clip", "depth")
+    for knobs in (handles.given, Knobs(2e-3, optimizer="sgd", weight_decay=0.3, clip=7.0, depth=1)):
+        assert handles.knobs(knobs.rate, *handles.numbers(knobs)) == knobs
+    Args.world_size = 2
+    several = Handles(Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS)
+    assert several.dials == ("weight_decay", "clip")
+    assert several.knobs(1e-3, *several.numbers(several.given)).depth is None
