@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from candidates import AT_ONCE, answers
 
 from envs.setups import IGNORED, collator, judging, moved, token_nats

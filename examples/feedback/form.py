@@ -116,11 +116,11 @@ def _serve(session: _Session, port: int) -> http.server.ThreadingHTTPServer:
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 10
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             if self._known():
                 self._send(HTTPStatus.OK, session.page())
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             length = self.headers.get("Content-Length", "")
             if not self._known():
                 return

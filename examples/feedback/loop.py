@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from form import Form
 from rich.progress import track
 from sources import File, Model, Source, Terminal
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from envs import texts
 from envs.errors import BadInput
@@ -47,9 +49,9 @@ class Settings:
     prompts: int = 200  # that are asked about in a round
     held_out: int = 256  # prompts of the evaluation
     rater_epochs: int = 2
-    imitation_steps: int = 300
+    imitation_steps: int = 200
     reward_steps: int = 150
-    policy_steps: int = 60
+    policy_steps: int = 40
 
     def __post_init__(self) -> None:
         for name, known in (("source", SOURCES), ("kind", rewards.KINDS)):
@@ -78,42 +80,40 @@ def run(settings: Settings, out: Path, source: Source | None = None) -> list[dic
     if source is None:
         source = Model(judges["rater"], [reply for _, reply in shown], seed)
 
-    def demonstrate(folder: Path) -> None:
-        training.imitate(settings.model, shown, folder, steps=settings.imitation_steps, rate=2e-3,
-                         seed=seed)  # fmt: skip
+    start = policy = out / "start" / "policy"
+    learn = partial(training.imitate, base=settings.model, shown=shown,
+                    steps=settings.imitation_steps, seed=seed)  # fmt: skip
+    _stage("start: imitate people's answers", policy, learn)
+    judge = partial(_evaluate, start=start, prompts=held_out, judges=judges)
+    evaluation = out / "start" / "evaluation"
+    found = [_stage("start: evaluate", evaluation, partial(judge, policy=policy))]
 
-    policy = start = out / "start" / "policy"
-    _stage("start: imitate people's answers", policy, demonstrate)
-    first = _policy(start)
-
-    def judge(folder: Path) -> dict[str, Any]:
-        return evaluate(_policy(policy), first, load_tokenizer(str(policy)), held_out, judges)
-
-    found = [_stage("start: evaluate", out / "start" / "evaluation", judge)]
     pairs: list[rewards.Pair] = []
     for number in range(1, settings.rounds + 1):
         here, at = out / f"round-{number}", seed + 10 * number
+        title = f"round {number}: "
         about = ask[(number - 1) * settings.prompts : number * settings.prompts]
 
-        items = _candidates(here, policy, about, number, at)
+        write = partial(_write, policy=policy, prompts=about, name=f"r{number}", seed=at)
+        _stage(title + "generate candidates", here / "candidates", write)
+        items = _read(here / "candidates")
+
         pairs += _feedback(here, items, settings.kind, source)
-        if not pairs:
-            raise BadInput(f"round {number}: feedback: prefers no text to another; give more")
+        if len({pair.prompt for pair in pairs}) < 2:
+            raise BadInput(f"round {number}: feedback: on {len(pairs)} pairs of texts; give more")
         random.Random(at).shuffle(pairs)
 
-        def fit(folder: Path, at: int = at) -> dict[str, Any]:
-            return training.train_reward_model(REWARD, pairs[:ROWS], folder,
-                                               steps=settings.reward_steps, seed=at)  # fmt: skip
+        fit = partial(training.train_reward_model, base=REWARD, pairs=pairs[:ROWS],
+                      steps=settings.reward_steps, seed=at)  # fmt: skip
+        _stage(title + "fit the reward model", here / "reward", fit)
 
-        def optimise(folder: Path, policy: Path = policy, here: Path = here, at: int = at) -> None:
-            reward = training.RewardModel(here / "reward")
-            training.optimise(policy, practice, reward, folder, steps=settings.policy_steps,
-                              seed=at)  # fmt: skip
-
-        _stage(f"round {number}: fit the reward model", here / "reward", fit)
-        _stage(f"round {number}: optimise the policy", here / "policy", optimise)
+        learn = partial(training.optimise, start=policy, prompts=practice, reward=here / "reward",
+                        steps=settings.policy_steps, seed=at)  # fmt: skip
         policy = here / "policy"
-        found.append(_stage(f"round {number}: evaluate", here / "evaluation", judge))
+        _stage(title + "optimise the policy", policy, learn)
+
+        evaluation = here / "evaluation"
+        found.append(_stage(title + "evaluate", evaluation, partial(judge, policy=policy)))
     show.plot(found, out)
     return found
 
@@ -131,27 +131,30 @@ def _judges(settings: Settings, out: Path) -> dict[str, Callable[[Any], list[flo
     }
     judges = {}
     for place, (name, (base, rows)) in enumerate(plans.items()):
-
-        def fit(folder: Path, base: str = base, rows: Any = rows, place: int = place) -> Any:
-            return training.train_rater(base, rows, rated["test"], folder,
-                                        epochs=settings.rater_epochs, seed=place)  # fmt: skip
-
         folder = out / "judges" / name
+        fit = partial(training.train_rater, base=base, rows=rows, held_out=rated["test"],
+                      epochs=settings.rater_epochs, seed=place)  # fmt: skip
         _stage(f"judges: fit the {name} to people's ratings", folder, fit)
         judges[name] = training.load_rater(folder).rate
     return judges
 
 
-def _candidates(here: Path, policy: Path, about: list[str], number: int, seed: int) -> list[Item]:
-    def write(folder: Path) -> None:
-        made = generate(_policy(policy), load_tokenizer(str(policy)), about, name=f"r{number}",
-                        seed=seed)  # fmt: skip
-        lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in made)
-        write_atomic(folder / "candidates.jsonl", lines.encode())
+def _write(folder: Path, *, policy: Path, prompts: list[str], name: str, seed: int) -> None:
+    items = generate(_model(policy), load_tokenizer(str(policy)), prompts, name=name, seed=seed)
+    lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+    write_atomic(folder / "candidates.jsonl", lines.encode())
 
-    _stage(f"round {number}: generate candidates", here / "candidates", write)
-    rows = _lines(here / "candidates" / "candidates.jsonl")
+
+def _read(folder: Path) -> list[Item]:
+    rows = _lines(folder / "candidates.jsonl")
     return [Item(r["id"], r["prompt"], tuple(r["texts"]), tuple(r["ways"])) for r in rows]
+
+
+def _evaluate(
+    _: Path, *, policy: Path, start: Path, prompts: list[str], judges: dict[str, Any]
+) -> dict[str, Any]:
+    tokenizer = load_tokenizer(str(policy))
+    return evaluate(_model(policy), _model(start), tokenizer, prompts, judges)
 
 
 def _feedback(here: Path, items: list[Item], kind: str, source: Source) -> list[rewards.Pair]:
@@ -162,7 +165,9 @@ def _feedback(here: Path, items: list[Item], kind: str, source: Source) -> list[
         left = [item for item in items if item.id not in rows and item.texts]
         with open(path, "a") as file:
             asked = source.ask(left, kind) if left else ()
-            for row in track(asked, f"{here.name}: collect {kind}", len(left), disable=_person(source)):
+            for row in track(
+                asked, f"{here.name}: collect {kind}", len(left), disable=_person(source)
+            ):
                 rows[row["id"]] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -212,9 +217,13 @@ def _begin(settings: Settings, out: Path) -> None:
     if path.exists():
         if (theirs := json.loads(path.read_bytes())) != mine:
             changed = [f"{n} {theirs.get(n)!r}" for n in mine if mine[n] != theirs.get(n)]
-            raise BadInput(f"{out}: out: holds a run with {', '.join(changed)}; give another folder")
+            raise BadInput(
+                f"{out}: out: holds a run with {', '.join(changed)}; give another folder"
+            )
     elif out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: out: is not empty and holds no run of the loop; give another folder")
+        raise BadInput(
+            f"{out}: out: is not empty and holds no run of the loop; give another folder"
+        )
     write_atomic(path, json.dumps(mine, indent=1).encode())
 
 
@@ -227,7 +236,7 @@ def _short(split: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _policy(folder: Path) -> Any:
+def _model(folder: Path) -> Any:
     return pretrained(AutoModelForCausalLM, str(folder), dtype=torch.float32)
 
 
@@ -261,5 +270,7 @@ def main(
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")  # of libraries
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)  # on models this small, more threads only wait for each other
     app.run(cli)

@@ -69,10 +69,11 @@ def by_comparison(wins: Any, count: int) -> list[float | None]:
         met[worse - 1][better - 1] += 1
     strength = [1.0] * count
     for _ in range(200):
-        strength = [
-            won[i] / (2 / (mine + 1) + sum(n / (mine + other) for n, other in zip(met[i], strength)))
-            for i, mine in enumerate(strength)
+        trials = [
+            2 / (mine + 1) + sum(n / (mine + other) for n, other in zip(row, strength, strict=True))
+            for mine, row in zip(strength, met, strict=True)
         ]
+        strength = [own / tried for own, tried in zip(won, trials, strict=True)]
     return [s / (1 + s) if any(m) else None for s, m in zip(strength, met, strict=True)]
 
 

@@ -46,7 +46,9 @@ def parse(kind: str, line: str, count: int) -> Any:
         if kind == "comparisons":
             return [[int(part) for part in word.split(">")] for word in line.split()]
     except ValueError:
-        raise BadInput(f"feedback: {kind}: {line[:60]!r} is not clear; give {HINTS[kind]}") from None
+        raise BadInput(
+            f"feedback: {kind}: {line[:60]!r} is not clear; give {HINTS[kind]}"
+        ) from None
     if kind == "edits":
         number, _, text = line.partition(" ")
         return {number: text}

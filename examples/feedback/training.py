@@ -2,17 +2,18 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from candidates import LENGTH
 from rewards import HIGH, LOW, Pair
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from envs.knobs import Knobs
-from envs.setups import AT_ONCE, Rows, arguments, coded, collator, judging, moved, quiet, silent
+from envs.setups import AT_ONCE, arguments, coded, collator, judging, moved, quiet, silent
 from envs.supervised import Regressor
 from envs.task import Task
 from envs.texts import Rated
@@ -50,7 +51,7 @@ def load_rater(folder: Path) -> Rater:
 
 
 def train_rater(
-    base: str, rows: Sequence[Rated], held_out: Sequence[Rated], folder: Path, *, epochs: int,
+    folder: Path, *, base: str, rows: Sequence[Rated], held_out: Sequence[Rated], epochs: int,
     seed: int,
 ) -> dict[str, float]:  # fmt: skip
     """Regression on the mean ratings; returns how it does on texts it has not seen."""
@@ -60,9 +61,9 @@ def train_rater(
     rater, batch = _new_rater(base), 32
     tokenizer = load_tokenizer(base)
 
-    def coded_rows(part: Sequence[Rated]) -> Rows:
+    def coded_rows(part: Sequence[Rated]) -> Any:
         ids = _ids(tokenizer, [row.text for row in part])
-        return Rows([{"input_ids": i, "labels": r.mean} for i, r in zip(ids, part, strict=True)])
+        return _table([{"input_ids": i, "labels": r.mean} for i, r in zip(ids, part, strict=True)])
 
     steps = epochs * len(rows) // batch
     trainer = Trainer(
@@ -86,13 +87,12 @@ def train_rater(
 
 
 def imitate(
-    start: str | Path, shown: Sequence[tuple[str, str]], folder: Path, *, steps: int, rate: float,
-    seed: int,
+    folder: Path, *, base: str, shown: Sequence[tuple[str, str]], steps: int, seed: int
 ) -> None:  # fmt: skip
     """Supervised training on demonstrations: (prompt, answer)."""
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = load_tokenizer(str(start))
+    tokenizer = load_tokenizer(base)
     prompts = coded(tokenizer, [prompt + "\n" for prompt, _ in shown], 64)
     replies = coded(tokenizer, [answer + tokenizer.eos_token for _, answer in shown], 63)
     rows = [
@@ -102,9 +102,9 @@ def imitate(
     train, held_out = _divided(rows)
     with quiet(seed):
         trainer = SFTTrainer(
-            model=pretrained(AutoModelForCausalLM, str(start), dtype=torch.float32),
+            model=pretrained(AutoModelForCausalLM, base, dtype=torch.float32),
             args=SFTConfig(
-                **_settings(folder, steps, min(32, len(train)), rate, seed),
+                **_settings(folder, steps, min(32, len(train)), 2e-3, seed),
                 max_length=None,
                 completion_only_loss=True,
             ),
@@ -150,7 +150,7 @@ class RewardModel:
 
 
 def train_reward_model(
-    base: str, pairs: Sequence[Pair], folder: Path, *, steps: int, seed: int
+    folder: Path, *, base: str, pairs: Sequence[Pair], steps: int, seed: int
 ) -> dict[str, float]:
     """Bradley and Terry's loss on the pairs; returns the share of held-out pairs in order."""
     from trl import RewardConfig, RewardTrainer
@@ -195,8 +195,7 @@ def train_reward_model(
 
 
 def optimise(
-    start: Path, prompts: Sequence[str], reward: RewardModel, folder: Path, *, steps: int,
-    seed: int, length: int, rate: float = 1e-3, beta: float = 0.05,
+    folder: Path, *, start: Path, prompts: Sequence[str], reward: Path, steps: int, seed: int
 ) -> None:  # fmt: skip
     """Group-relative policy optimisation of what the reward model pays.
 
@@ -205,8 +204,10 @@ def optimise(
     """
     from trl import GRPOConfig, GRPOTrainer
 
+    worth = RewardModel(reward)
+
     def pay(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        return reward([p.rstrip("\n") for p in prompts], [" ".join(c.split()) for c in completions])
+        return worth([p.rstrip("\n") for p in prompts], [" ".join(c.split()) for c in completions])
 
     tokenizer = load_tokenizer(str(start))
     rows = [{"prompt": prompt + "\n"} for prompt in prompts]
@@ -215,10 +216,10 @@ def optimise(
             model=pretrained(AutoModelForCausalLM, str(start), dtype=torch.float32),
             reward_funcs=pay,
             args=GRPOConfig(
-                **_settings(folder, steps, 8 * GROUP, rate, seed, max(1, steps // DECISIONS)),
-                beta=beta,
+                **_settings(folder, steps, 8 * GROUP, 3e-4, seed, max(1, steps // DECISIONS)),
+                beta=0.1,
                 num_generations=GROUP,
-                max_completion_length=length,
+                max_completion_length=LENGTH,
                 generation_kwargs={"min_new_tokens": 3},
             ),
             train_dataset=_table(rows[16:]),
