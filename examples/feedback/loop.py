@@ -141,8 +141,7 @@ def _judges(settings: Settings, out: Path) -> dict[str, Callable[[Any], list[flo
 
 def _write(folder: Path, *, policy: Path, prompts: list[str], name: str, seed: int) -> None:
     items = generate(_model(policy), load_tokenizer(str(policy)), prompts, name=name, seed=seed)
-    lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
-    write_atomic(folder / "candidates.jsonl", lines.encode())
+    write_atomic(folder / "candidates.jsonl", "".join(_line(asdict(i)) for i in items).encode())
 
 
 def _read(folder: Path) -> list[Item]:
@@ -162,14 +161,14 @@ def _feedback(here: Path, items: list[Item], kind: str, source: Source) -> list[
     path, done = here / "feedback.jsonl", here / "feedback.done"
     rows = {row["id"]: row for row in _lines(path)}
     if not done.exists():
+        write_atomic(path, "".join(map(_line, rows.values())).encode())
         left = [item for item in items if item.id not in rows and item.texts]
-        with open(path, "a") as file:
-            asked = source.ask(left, kind) if left else ()
-            for row in track(
-                asked, f"{here.name}: collect {kind}", len(left), disable=_person(source)
-            ):
+        asked, title = source.ask(left, kind) if left else (), f"{here.name}: collect {kind}"
+        person = isinstance(source, Terminal | Form)
+        with open(path, "a", encoding="utf-8") as file:
+            for row in track(asked, title, len(left), disable=person):
                 rows[row["id"]] = row
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_line(row))
                 file.flush()
         write_atomic(done, b"")
     return [
@@ -178,10 +177,6 @@ def _feedback(here: Path, items: list[Item], kind: str, source: Source) -> list[
         if item.id in rows
         for pair in rewards.pairs(kind, item.prompt, item.texts, rows[item.id][kind])
     ]
-
-
-def _person(source: Source) -> bool:
-    return isinstance(source, Terminal | Form)
 
 
 def _stage(title: str, folder: Path, work: Callable[[Path], Any]) -> Any:
@@ -199,16 +194,22 @@ def _stage(title: str, folder: Path, work: Callable[[Path], Any]) -> Any:
 
 def _say(folder: Path, result: Any) -> None:
     """What the stage found, and what the tuner did in it."""
-    words = [f"{name} {value:.3g}" for name, value in (result or {}).items()
-             if isinstance(value, int | float)]  # fmt: skip
+    for name, value in (result or {}).items():
+        if isinstance(value, int | float):
+            app.console.print(f"  {name}: {value:,.4g}")
     if turns := _lines(folder / "tuner.jsonl"):
         rates = " ".join(f"{turn['applied']['rate']:.1e}" for turn in turns)
-        words.append(f"the tuner's learning rates {rates}")
-    app.console.print("  " + "; ".join(words))
+        app.console.print(f"  the tuner's learning rates: {rates}")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a file; the last may have been cut off by a crash, and is no row then."""
+    whole = path.read_text("utf-8").rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.split("\n") if line]
 
 
 def _begin(settings: Settings, out: Path) -> None:
