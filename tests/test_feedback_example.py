@@ -390,6 +390,13 @@ def test_intervals_hold_the_mean():
     assert evaluation.gain([0, 1, 2], [1, 2, 3]) == (1, 1, 1)
 
 
+def test_repeats_are_the_words_said_before():
+    repeats = part("evaluation").repeats
+    assert repeats(["yes, you! You, you.", "no"]) == pytest.approx(2 / 5)
+    assert repeats(["one two", "one two"]) == 0
+    assert repeats(["", "..."]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of TRL's own
 def test_one_round_end_to_end(tmp_path):

@@ -1,5 +1,6 @@
 """Evaluation: what held-out judges make of a policy's answers to held-out prompts."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,19 +19,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sampled answers; the random numbers are always the same.
 
-    Per judge the mean score of each prompt's answers; ``distinct``, the share of answers that
-    differ; ``nats`` a token under the model that the loop began with: low is like people's.
+    Per judge the mean score of each prompt's answers; ``repeats``, the share of words that the
+    same answer has had before; ``vocabulary``, the different words of all answers; ``nats`` a
+    token under the model that the loop began with: high is strange to it.
     """
     columns = [answers(model, tokenizer, prompts, seed=1000 + n) for n in range(SAMPLES)]
     texts = [text for column in columns for text in column]
     scores = {name: np.array(judge(texts)).reshape(SAMPLES, -1) for name, judge in judges.items()}
     return {
         "scores": {name: found.mean(0).round(4).tolist() for name, found in scores.items()},
-        "distinct": len(set(texts)) / len(texts),
-        "words": float(np.mean([len(text.split()) for text in texts])),
+        "repeats": repeats(texts),
+        "vocabulary": len({word for text in texts for word in words(text)}),
+        "words": float(np.mean([len(words(text)) for text in texts])),
         "nats": nats(start, tokenizer, list(prompts) * SAMPLES, texts),
         "examples": list(zip(prompts[:8], texts[:8], strict=True)),
     }
+
+
+def words(text: str) -> list[str]:
+    """Its words in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def repeats(texts: Sequence[str]) -> float:
+    """The share of all words that their text has had before."""
+    found = [words(text) for text in texts]
+    return sum(len(each) - len(set(each)) for each in found) / max(1, sum(map(len, found)))
 
 
 def nats(model: Any, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> float:

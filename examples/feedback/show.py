@@ -15,13 +15,13 @@ COLORS = {"rater": "#2a6f97", "second": "#c8553d"}
 def table(found: Sequence[dict[str, Any]]) -> str:
     """One line a round; the first is the start."""
     grid = Table(title="Held-out prompts: mean score, 95 % interval over prompts")
-    for title in ("", *NAMES.values(), "gain on the start", "distinct", "words", "nats"):
+    for title in ("", *NAMES.values(), "gain on the start", "repeats", "vocabulary", "nats"):
         grid.add_column(title, justify="right")
     for place, each in enumerate(found):
         first, scores = found[0]["scores"]["rater"], each["scores"]
         cells = [_interval(interval(scores[name])) for name in NAMES]
         cells.append(_interval(gain(first, scores["rater"])) if place else "")
-        cells += [f"{each['distinct']:.2f}", f"{each['words']:.1f}", f"{each['nats']:.2f}"]
+        cells += [f"{each['repeats']:.2f}", f"{each['vocabulary']:,}", f"{each['nats']:.2f}"]
         grid.add_row(f"round {place}" if place else "start", *cells)
     console = Console(width=120)
     with console.capture() as capture:
@@ -30,30 +30,37 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(found: Sequence[dict[str, Any]], out: Path) -> None:
-    """``reward.svg`` and ``reward.png``: the judges' mean scores, round by round."""
+    """``reward.svg`` and ``reward.png``: the judges' mean scores, and what they do not see."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(8.4, 3.6), width_ratios=(3, 2), layout="constrained"
+    )
     rounds = range(len(found))
     for place, (name, label) in enumerate(NAMES.items()):
         points = [interval(each["scores"][name]) for each in found]
         means = [mean for mean, _, _ in points]
         arms = [[m - low for m, low, _ in points], [high - m for m, _, high in points]]
         at = [n + 0.06 * (place - 0.5) for n in rounds]
-        axes.errorbar(at, means, arms, color=COLORS[name], marker="os"[place], markersize=5,
+        left.errorbar(at, means, arms, color=COLORS[name], marker="os"[place], markersize=5,
                       linewidth=1.6, capsize=3, label=label)  # fmt: skip
-    axes.axhline(interval(found[0]["scores"]["rater"])[0], color="#999999", linewidth=0.8,
-                 linestyle=":")  # fmt: skip
-    axes.set_xticks(list(rounds), ["start", *(f"round {n}" for n in rounds if n)])
-    axes.set_ylabel("mean score of answers (−4 to 4)")
-    axes.set_title("Answers to held-out prompts, with 95 % intervals", fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    left.set_ylabel("mean score (−4 to 4)")
+    left.set_title("What judges make of the answers", fontsize=11, loc="left")
+    left.legend(frameon=False, fontsize=9)
+    right.plot(rounds, [each["repeats"] for each in found], color="#555555", marker="D",
+               markersize=5, linewidth=1.6)  # fmt: skip
+    right.set_ylim(bottom=0)
+    right.set_ylabel("share of words")
+    right.set_title("Words said before in the answer", fontsize=11, loc="left")
+    for axes in (left, right):
+        axes.set_xticks(list(rounds), ["start", *(str(n) for n in rounds if n)])
+        axes.set_xlabel("round")
+        axes.spines[["top", "right"]].set_visible(False)
     for kind in ("svg", "png"):
-        figure.savefig(out / f"reward.{kind}", dpi=160)
+        figure.savefig(out / f"reward.{kind}", dpi=130)
     pyplot.close(figure)
 
 
