@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envs import texts
 from envs.errors import BadInput, UnknownName
 
 FOLDER = Path(__file__).parent.parent / "examples" / "feedback"
@@ -337,6 +338,9 @@ def test_a_folder_holds_one_run(tmp_path):
     loop._begin(loop.Settings(), tmp_path / "run")
     with pytest.raises(BadInput, match="holds a run with seed 0; give another"):
         loop._begin(loop.Settings(seed=1), tmp_path / "run")
+    with pytest.raises(BadInput, match="tiny-32: tokenizer: no end token"):
+        loop._begin(loop.Settings(model="tiny-32"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     with pytest.raises(BadInput, match="is not empty"):
@@ -399,17 +403,19 @@ def test_repeats_are_the_words_said_before():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of TRL's own
-def test_one_round_end_to_end(tmp_path):
+def test_one_round_end_to_end(tmp_path, monkeypatch):
     loop, show = part("loop"), part("show")
+    few = {split: rows[:1500] for split, rows in texts.ratings().items()}
+    monkeypatch.setattr(texts, "ratings", lambda: few)
     settings = loop.Settings(
-        rounds=1, prompts=30, held_out=24, rater_epochs=1, imitation_steps=40,
+        rounds=1, prompts=30, held_out=24, rater_epochs=1, imitation_steps=20,
         reward_steps=20, policy_steps=4,
     )  # fmt: skip
     found = loop.run(settings, tmp_path)
     assert len(found) == 2
     assert found[0]["scores"]["rater"] != found[1]["scores"]["rater"]
     judged = json.loads((tmp_path / "judges" / "rater" / "done.json").read_text())
-    assert judged["correlation"] > 0.5
+    assert judged["correlation"] > 0.3
     for stage in ("start/policy", "round-1/reward", "round-1/policy"):
         turns = (tmp_path / stage / "tuner.jsonl").read_text().splitlines()
         assert len(turns) >= 3, stage

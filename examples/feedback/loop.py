@@ -29,6 +29,8 @@ from transformers.utils import logging
 from envs import texts
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.setups import tokenizer_of
+from envs.task import Task
 from envs.workload import load_tokenizer, pretrained
 from tuner import app
 
@@ -213,7 +215,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _begin(settings: Settings, out: Path) -> None:
-    """Refuses a folder that holds something else."""
+    """Refuses what cannot go well before anything is done."""
+    tokenizer = tokenizer_of(Task("feedback", settings.model, max_length=64))
+    if tokenizer.eos_token is None:
+        raise BadInput(f"{settings.model}: tokenizer: no end token; set eos_token, save it")
     path, mine = out / "settings.json", json.loads(json.dumps(asdict(settings)))
     if path.exists():
         if (theirs := json.loads(path.read_bytes())) != mine:

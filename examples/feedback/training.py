@@ -234,8 +234,7 @@ def _steer(trainer: Any, folder: Path, mode: str = "explore") -> None:
     """The one line; the rest shows how far the run is and keeps its log."""
     trainer.add_callback(
         TunerCallback(
-            "default", mode=mode, trainer=trainer, log=folder / "tuner.jsonl",
-            decisions=DECISIONS, classes=2,
+            "default", mode=mode, trainer=trainer, log=folder / "tuner.jsonl", classes=2,
         )
     )  # fmt: skip
     silent(trainer).train()
