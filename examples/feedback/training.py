@@ -231,7 +231,7 @@ def optimise(
 
 
 def _steer(trainer: Any, folder: Path, mode: str = "explore") -> None:
-    """The one line; the rest shows how far the run is and keeps its log."""
+    """The one line that steers a Trainer. ``classes``: a model with one output has none."""
     trainer.add_callback(
         TunerCallback(
             "default", mode=mode, trainer=trainer, log=folder / "tuner.jsonl", classes=2,
