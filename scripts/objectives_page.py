@@ -92,10 +92,10 @@ def envelope() -> str:
     low, high = found["rows"].low, found["rows"].high
     slack = policy.SLACK + policy.SLACK_SHARE * (high - low)
     seen = [round(1000 * 10**edge) for edge in (low, high)]
-    passed = [round(1000 * 10**edge, -1) for edge in (low - slack, high + slack)]
+    least = round(1000 * 10 ** (low - slack), -1)
     return (
-        f"and has seen {seen[0]:,} to {seen[1]:,} training rows of classification alone. Below "
-        f"{passed[0]:,.0f} or above {passed[1]:,.0f} rows\nit is out of its range"
+        f"and has seen {seen[0]:,} to {seen[1]:,} training rows of classification alone. More "
+        f"count as {seen[1]:,}; below {least:,.0f}\nit is out of its range"
     )
 
 

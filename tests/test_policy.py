@@ -26,7 +26,8 @@ from envs.errors import BadArtifact, BadInput, RunFailed
 from envs.knobs import Actions, decode
 from envs.observe import FEATURES, SIZE
 from tuner import artifact
-from tuner.policy import from_bytes, load, make, save, to_bytes
+from tuner.policy import DEFAULT, from_bytes, load, make, save, to_bytes
+from tuner.policy import PLACES as FEATURE_PLACES
 
 EDGES = (-0.7, 0.1, 0.7)
 NAMES = [feature.name for feature in FEATURES]
@@ -212,6 +213,7 @@ def test_same_policy_same_bytes_in_any_order():
 def test_scores_are_the_networks(name, activation):
     policy = example(name)
     observation = np.random.default_rng(1).uniform(-5, 5, SIZE).astype(np.float32)
+    observation[FEATURE_PLACES["rows"]] = 1.5  # above 2 it would count as 2
     values = np.clip((observation.astype(float) - 0.25) / 0.5, -10, 10)
     np.testing.assert_allclose(policy.normalised(observation), values, rtol=1e-6)
     np.testing.assert_array_equal(policy.normalised(np.full(SIZE, -1e30)), np.full(SIZE, -10.0))
@@ -280,9 +282,24 @@ def test_outside_names_features_beyond_the_envelope_and_its_margin():
     assert policy.outside(observation) == []
     observation[[0, 3, 29]] = 2.36, -1.36, np.nan
     assert policy.outside(observation) == ["progress", "rate_vs_reference", "rmsprop"]
-    assert len(policy.outside(np.full(SIZE, np.inf))) == SIZE
+    assert len(policy.outside(np.full(SIZE, np.inf))) == SIZE - 1  # of rows there may be more
     with pytest.raises(BadInput):
         policy.outside(np.zeros(3))
+
+
+def test_more_rows_than_training_saw_count_as_the_most_it_saw():
+    """A job of a million rows is steered like one of the largest known; a tiny one is not known."""
+    default = load(DEFAULT)
+    place = FEATURE_PLACES["rows"]
+    top = default.manifest.features[place].high
+    observation = np.array([each.mean for each in default.manifest.features], np.float32)
+    observation[place] = top
+    known = default.scores(observation)
+    observation[place] = 3.0
+    assert default.outside(observation) == []
+    assert np.array_equal(default.scores(observation), known)
+    observation[place] = -1.5
+    assert default.outside(observation) == ["rows"]
 
 
 @pytest.mark.slow  # a timed claim wants a quiet machine

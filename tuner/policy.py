@@ -22,6 +22,7 @@ from tuner.artifact import CLIP, FORMAT, Array, Golden, Table, refuse
 from tuner.artifact import Manifest as Manifest
 
 GOLDEN, TOLERANCE = 8, 1e-5  # pairs that `make` records; on each number of a continuous action
+SATURATED = "rows"  # beyond the most that training saw a run of that kind reads no more of them
 SLACK, SLACK_SHARE = 0.05, 0.1  # beyond the envelope: absolute, and as a share of its width
 DEFAULT = Path(__file__).with_name("default.safetensors")  # what the package ships
 PLACES = {feature.name: i for i, feature in enumerate(FEATURES)}
@@ -52,7 +53,7 @@ class Policy:
         """(SIZE,) finite -> (actions,) float32: logits, action values, or continuous means."""
         network = self.manifest.network
         if isinstance(network, Table):
-            values = _finite(observation)
+            values = self._known(_finite(observation))
             bins = [(each.edges, float(values[PLACES[each.feature]])) for each in network.bins]
             return self.arrays["table"][tuple(bisect_right(*each) for each in bins)].copy()
         values, last = self.normalised(observation), len(network.layers) - 2
@@ -65,14 +66,26 @@ class Policy:
         """(SIZE,) finite -> (SIZE,) float32 in [-10, 10]: what the network sees of it."""
         mean, deviation, _, _ = self._ranges
         with np.errstate(over="ignore"):
-            values = (_finite(observation) - mean) / deviation
+            values = (self._known(_finite(observation)) - mean) / deviation
         return np.minimum(np.maximum(values, -CLIP), CLIP)
 
     def outside(self, observation: ArrayLike) -> list[str]:
-        """Names of the features beyond what training saw and a margin; NaN is beyond."""
-        values, (_, _, low, high) = _vector(observation), self._ranges
+        """Names of the features beyond what training saw and a margin; NaN is beyond.
+
+        More training rows than it saw are not beyond it: they are taken as the most it saw.
+        """
+        values, (_, _, low, high) = self._known(_vector(observation)), self._ranges
         within = (values >= low) & (values <= high)
         return [] if within.all() else [FEATURES[i].name for i in np.flatnonzero(~within)]
+
+    def _known(self, values: Array) -> Array:
+        """The values with those that saturate held at the top of the envelope."""
+        place = PLACES[SATURATED]
+        top = self.manifest.features[place].high
+        if values[place] > top:
+            values = values.copy()
+            values[place] = top
+        return values
 
     @cached_property
     def _ranges(self) -> tuple[Array, ...]:

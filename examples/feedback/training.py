@@ -75,7 +75,7 @@ def train_rater(
         train_dataset=coded_rows(rows),
         eval_dataset=coded_rows(held_out[:256]),
     )
-    _steer(trainer, folder)
+    silent(trainer).train()  # as it is: the judges are no part of the loop
     save_file(rater.model.state_dict(), folder / "model.safetensors")
     (folder / "rater.json").write_text(json.dumps({"base": base}))
     found = torch.tensor(rater.rate([row.text for row in held_out]))
