@@ -159,7 +159,7 @@ def kto(task: Task, seed: int, knobs: Knobs) -> Setup:
         ).tolist()
         return Score(cost, right)
 
-    return Setup(silent(trainer), score, len(rows["train"]))
+    return Setup(silent(trainer), score, len(single))
 
 
 def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
