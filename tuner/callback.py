@@ -16,7 +16,7 @@ from envs.errors import BadInput, SteersmanError
 from envs.handles import Handles
 from envs.instruments import Eyes, Rates, Slice, describe, objective_of, read_weights, write_weights
 from envs.job import finite
-from envs.knobs import Decision, Knobs
+from envs.knobs import Knobs
 from envs.processes import rank, world
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
@@ -427,9 +427,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         ruling = self._helm.decide(book.history, self._context, self._knobs, warming=warming)
         book.applied = ruling.decision
         knobs = self._handles.fit(ruling.turn(self._knobs, self._context))
-        if ruling.off and knobs.optimizer != self._handles.given.optimizer:  # the user's again
-            switch = Decision(optimizer=self._handles.given.optimizer)
-            knobs = replace(ruling, decision=switch).turn(knobs, self._context)
         return Order(knobs.rate, ruling.decision.rollback, ruling.off, keep), knobs
 
     def _turn(self, knobs: Knobs) -> None:
