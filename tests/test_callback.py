@@ -31,11 +31,13 @@ from envs.errors import BadInput
 from envs.job import batches, spread
 from envs.knobs import Actions
 from envs.observe import FEATURES, SIZE
+from envs.progress import Progress
 from envs.task import Task
 from tuner import policy as artifacts
 from tuner.audit import replay
 from tuner.callback import LOG, TunerCallback
 from tuner.gauge import Gauge
+from tuner.logbook import Logbook
 
 KEEP, ROLLBACK, TENTH, TENFOLD = 3, 7, 0, 6
 STEPS, BATCH, EVERY = 30, 8, 3
@@ -309,6 +311,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(task, tmp_path, save):
         assert equal(weights(whole), weights(again))
         assert again.lr_scheduler.base_lrs == whole.lr_scheduler.base_lrs
     assert len(set(rates)) > 5
+
+
+def test_what_was_best_under_another_objective_is_forgotten():
+    callback = TunerCallback(Stub())
+    seen = Progress(0, 2e-3, 1.0, (0.7,), validation=0.1)
+    callback._book, callback._slice = Logbook(history=[seen]), "another objective's"
+    assert callback._book.is_best()
+    assert not callback._book.is_best()
+    callback._drop_slice()
+    callback._book.add(Progress(3, 2e-3, 1.0, (0.6,), age=3))
+    assert callback._book.is_best(after=10)
+    assert Logbook.from_json(callback._book.to_json()) == callback._book
 
 
 def test_another_policy_does_not_take_over(task, tmp_path):

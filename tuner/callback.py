@@ -238,8 +238,9 @@ class TunerCallback(TrainerCallback, ExportableState):
             "eval_dataset is not used: the model's own loss is not the one that is trained; give "
             "the callback trainer= for that one"
         )
-        self._slice = None
-        self._book.history = [replace(r, validation=math.nan) for r in self._book.history]
+        self._slice, book = None, self._book
+        book.history = [replace(r, validation=math.nan) for r in book.history]
+        book.best, book.best_step, book.judged = math.inf, -1, False
 
     def _listen(self, trainer: Any) -> None:
         """Have each training step's loss told."""
@@ -300,7 +301,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             self._drop_slice()
         if step == self._end():
             self._book.report = self._close(step)
-            if self._eyes.blind and self._deaf is None:
+            if self._eyes.blind and self._deaf is None and not self._advise:
                 control.should_log = True
         look = step >= self._total or (step - self._book.last) % WATCH == 0
         self._watch(step, control, look)
