@@ -313,6 +313,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(task, tmp_path, save):
     assert len(set(rates)) > 5
 
 
+def test_best_weights_that_another_process_lacks_are_lost_to_all(
+    task, tmp_path, monkeypatch, caplog
+):
+    """As where each has a disk of its own: they would come back to different weights."""
+    args = {"save_strategy": "steps", "save_steps": 15}
+    train(task, tmp_path, TunerCallback(Stub(), mode="explore", eval_dataset=own(task)), **args)
+    asked, share = [], tuner.callback.share
+
+    def lacking(numbers, device, failed=False):
+        asked.append(failed)
+        numbers, failed = share(numbers, device, failed)
+        return numbers, failed or len(asked) == 2  # the first is whether all could begin
+
+    monkeypatch.setattr(tuner.callback, "share", lacking)
+    policy = Stub(always(ROLLBACK))
+    callback = TunerCallback(policy, mode="explore", eval_dataset=own(task))
+    resumed = train(task, tmp_path, callback, resume=str(tmp_path / "checkpoint-15"), **args)
+    assert asked[:2] == [False, False]
+    assert "checkpoint-15: the best weights are not there: these take their place" in caplog.text
+    assert len(policy.seen) == 5
+    assert resumed.state.global_step == STEPS
+
+
 def test_what_was_best_under_another_objective_is_forgotten():
     callback = TunerCallback(Stub())
     seen = Progress(0, 2e-3, 1.0, (0.7,), validation=0.1)

@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+import tuner.callback
 from envs import optim
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, UnknownName
@@ -359,6 +360,33 @@ def test_one_layer_at_least_stays_in_training(task, tmp_path):  # noqa: F811
 
     handles = Handles(Args, trainer.model, trainer.optimizer.optimizer, 1e-3, ACTIONS)
     assert [handles.fit(Knobs(depth=depth)).depth for depth in (0, 1, 2)] == [1, 1, 1]
+
+
+def test_a_resumption_that_fails_leaves_the_users_settings(task, tmp_path, monkeypatch, caplog):  # noqa: F811
+    """The checkpoint brings the tuner's, in the schedule, in the optimizer, and in its kind."""
+    args = {"save_strategy": "steps", "save_steps": 13, "weight_decay": 0.02}
+    begin = switchable(decay=0.02)
+    train(task, tmp_path, TunerCallback(stub(*NAMES), mode="explore"), before=begin, **args)
+
+    def fail(*_):
+        raise MemoryError("no room for the best weights")
+
+    def elsewhere(numbers, device, failed=False):
+        return [*numbers], True
+
+    for place in ("read_weights", "Eyes", "Context", "share"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tuner.callback, place, elsewhere if place == "share" else fail)
+            watch = Watch()
+            trainer = train(
+                task, tmp_path, TunerCallback(stub(*NAMES), mode="explore"), before=begin,
+                extra=[watch], resume=str(tmp_path / "checkpoint-13"), **args,
+            )  # fmt: skip
+        assert "no room for the best weights" in caplog.text
+        assert set(watch.seen) == {("adamw", 0.02, 1.0, False)}
+        plain = [2e-3 * (STEPS - step) / STEPS for step in range(13, STEPS)]
+        assert trainer.recorder.rates == pytest.approx(plain, rel=1e-12)
+        assert trainer.lr_scheduler.base_lrs == [2e-3] * len(trainer.lr_scheduler.base_lrs)
 
 
 def test_sharded_weights_are_refused(task):  # noqa: F811

@@ -133,6 +133,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._release()
         self._begun = self._live = False
         self._failure: Exception | None = None
+        self._saved: dict[str, Any] = {}  # what a checkpoint brought
         try:
             self._begin(args, state, **kwargs)
         except SteersmanError:
@@ -144,6 +145,11 @@ class TunerCallback(TrainerCallback, ExportableState):
         if share([], args.device, self._failure is not None)[1]:
             self._begun = self._live = False
             self._release()
+            if self._saved and not self._advise:  # the tuner's settings among it
+                self._handles.put(self._handles.given, self._knobs_of(self._saved))
+                self._rates.put(self._rates.start)
+        elif self._saved:
+            self._agree(args, state, control)
 
     def _begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
@@ -157,6 +163,10 @@ class TunerCallback(TrainerCallback, ExportableState):
         saved = saved if state.global_step > 0 else None
         base = saved["base_rates"] if saved else None
         self._rates = Rates(kwargs.get("lr_scheduler"), base)
+        users = saved.get("user", {}) if saved else {}
+        actions = self._policy.manifest.actions
+        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
+        self._knobs, self._saved = self._handles.given, saved or {}
         self._model, self._optimizer = model, optimizer
         averaged = args.average_tokens_across_devices
         self._eyes = Eyes(model, args.gradient_accumulation_steps, averaged)
@@ -168,10 +178,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._loader = kwargs.get("train_dataloader")
         self._total = state.max_steps
         self._interval = max(1, math.ceil(self._total / self._decisions))
-        users = saved.get("user", {}) if saved else {}
-        actions = self._policy.manifest.actions
-        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
-        self._knobs = self._handles.given
         self._context = Context(
             total=self._total,
             decisions=math.ceil(self._total / self._interval),
@@ -487,7 +493,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._book = Logbook.from_json(saved["book"])
         self._eyes.losses = list(saved["losses"])
         if not self._advise:
-            self._turn(Knobs(**saved.get("knobs", asdict(self._knobs) | {"rate": saved["rate"]})))
+            self._turn(self._knobs_of(saved))
         self._gauge = Gauge(saved.get("bounded"))
         self._slice = None if saved.get("dropped") else self._slice
         folder = _folder(args, step)
@@ -495,11 +501,21 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._eyes.last_gradient = gradient
         if gradient is not None:
             self._probe.gradient(gradient)
-        if not self._eyes.everywhere(self._snapshot is not None):
+
+    def _knobs_of(self, saved: dict[str, Any]) -> Knobs:
+        """Those in force when the checkpoint was made."""
+        own = asdict(self._handles.given)
+        return Knobs(**saved.get("knobs", own | {"rate": saved["rate"]}))
+
+    @guarded
+    def _agree(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All processes come back to the best weights, or none: their disks may differ."""
+        if share([], self._eyes.device, self._snapshot is None)[1]:
             self._snapshot = None
-        if saved["kept"] and self._snapshot is None:
-            logger.warning("%s: the best weights are not there: these take their place", folder)
-            self._snapshot = remember(self._eyes.parameters)
+            if self._saved["kept"]:
+                folder = _folder(args, state.global_step)
+                logger.warning("%s: the best weights are not there: these take their place", folder)
+                self._snapshot = remember(self._eyes.parameters)
 
     @property
     def _weights(self) -> str:
