@@ -22,7 +22,8 @@ class KnobsParallelEnv(ParallelEnv[str, Observation, Any]):
         each further knob. They act at the same time, and all live as long as the episode.
 
     Observation: ``Box(-5, 5, (31,), float32)``: what `FineTuneEnv` shows, and the agent's own last
-        choice, from -1 (the first) to 1 (the last); before the first decision that of *keep*.
+        choice, from -1 (the first, or the only one) to 1 (the last); before the first decision
+        that of *keep*.
 
     Action: ``Discrete``: one of the seat's choices.
 
@@ -94,7 +95,7 @@ class KnobsParallelEnv(ParallelEnv[str, Observation, Any]):
     def _shown(self, observation: Observation, last: Mapping[str, int]) -> dict[str, Observation]:
         """Each agent's observation: the one that all share, and its own last choice."""
         return {
-            name: np.append(observation, np.float32(2 * last[name] / (len(choices) - 1) - 1))
+            name: np.append(observation, np.float32(2 * last[name] / max(1, len(choices) - 1) - 1))
             for name, choices in self._seats.items()
         }
 

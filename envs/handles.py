@@ -66,11 +66,14 @@ class Handles:
         return self._inner is not None
 
     def fit(self, knobs: Knobs) -> Knobs:
-        """The wish as this run can have it: no more layers than were in training at the start."""
+        """The wish as this run can have it: no more layers than were in training at the start.
+
+        And one at least, or there may be no weight left to train, and the run breaks.
+        """
         most = self.given.depth
         if knobs.depth is None or most is None:
             return knobs
-        return replace(knobs, depth=min(knobs.depth, most))
+        return replace(knobs, depth=max(1, min(knobs.depth, most)))
 
     def numbers(self, knobs: Knobs) -> tuple[float, ...]:
         """The settings beyond the rate as numbers, for other processes; NaN stands for None."""

@@ -68,6 +68,19 @@ def test_agents_and_one_hand_turn_the_same_job(tiny_task):
         KnobsParallelEnv(FineTuneEnv(tiny_task()))
 
 
+def test_a_seat_of_one_choice_shows_it(tiny_task):
+    pytest.importorskip("pettingzoo")
+    from envs.agents import KnobsParallelEnv
+
+    actions = Actions("joint", (1.0,), rollback=False, turns=(("clip", 0.3),))
+    env = KnobsParallelEnv(FineTuneEnv(tiny_task(), actions=actions))
+    shown, _ = env.reset(seed=4)
+    assert shown["rate"][-1] == -1.0
+    shown, *_ = env.step({"rate": 0, "clip": 1})
+    assert shown["rate"][-1] == -1.0
+    assert env.observation_space("rate").contains(shown["rate"])
+
+
 class Bandit(gymnasium.Env):
     """Each knob has one right choice, and each right one pays alike, whatever the others do."""
 

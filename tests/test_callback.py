@@ -32,10 +32,12 @@ from envs.gauge import Gauge
 from envs.job import batches, spread
 from envs.knobs import Actions
 from envs.observe import FEATURES, SIZE
+from envs.progress import Progress
 from envs.task import Task
 from tuner import policy as artifacts
 from tuner.audit import replay
 from tuner.callback import LOG, TunerCallback
+from tuner.logbook import Logbook
 
 KEEP, ROLLBACK, TENTH, TENFOLD = 3, 7, 0, 6
 STEPS, BATCH, EVERY = 30, 8, 3
@@ -309,6 +311,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(task, tmp_path, save):
         assert equal(weights(whole), weights(again))
         assert again.lr_scheduler.base_lrs == whole.lr_scheduler.base_lrs
     assert len(set(rates)) > 5
+
+
+def test_best_weights_that_another_process_lacks_are_lost_to_all(
+    task, tmp_path, monkeypatch, caplog
+):
+    """As where each has a disk of its own: they would come back to different weights."""
+    args = {"save_strategy": "steps", "save_steps": 15}
+    train(task, tmp_path, TunerCallback(Stub(), mode="explore", eval_dataset=own(task)), **args)
+    asked, share = [], tuner.callback.share
+
+    def lacking(numbers, device, failed=False):
+        asked.append(failed)
+        numbers, failed = share(numbers, device, failed)
+        return numbers, failed or len(asked) == 2  # the first is whether all could begin
+
+    monkeypatch.setattr(tuner.callback, "share", lacking)
+    policy = Stub(always(ROLLBACK))
+    callback = TunerCallback(policy, mode="explore", eval_dataset=own(task))
+    resumed = train(task, tmp_path, callback, resume=str(tmp_path / "checkpoint-15"), **args)
+    assert asked[:2] == [False, False]
+    assert "checkpoint-15: the best weights are not there: these take their place" in caplog.text
+    assert len(policy.seen) == 5
+    assert resumed.state.global_step == STEPS
+
+
+def test_what_was_best_under_another_objective_is_forgotten():
+    callback = TunerCallback(Stub())
+    seen = Progress(0, 2e-3, 1.0, (0.7,), validation=0.1)
+    callback._book, callback._slice = Logbook(history=[seen]), "another objective's"
+    assert callback._book.is_best()
+    assert not callback._book.is_best()
+    callback._drop_slice()
+    callback._book.add(Progress(3, 2e-3, 1.0, (0.6,), age=3))
+    assert callback._book.is_best(after=10)
+    assert Logbook.from_json(callback._book.to_json()) == callback._book
 
 
 def test_another_policy_does_not_take_over(task, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.dials import DIALS, label, parse
-from envs.env import FineTuneEnv
+from envs.env import EXPLORE, FineTuneEnv
 from envs.errors import BadInput, UnknownName
 from envs.hands import decode_many
 from envs.hardware import Plan
@@ -322,8 +322,57 @@ def test_the_guard_lets_nobody_turn_what_cannot_be_turned(limits):
     assert ruling.decision == KEEP
     assert ruling.guard == "the weight decay cannot be turned here"
     _, ruling = rule(GuardState(), wish, replace(limits, turns=("weight_decay",)), **given)
-    assert ruling.decision == wish
-    assert ruling.guard == ""
+    gentle = limits is CAREFUL
+    assert ruling.decision == (Decision(turns=(("weight_decay", 1.5),)) if gentle else wish)
+    assert ruling.guard == ("at most weight decay x1.5 in a decision" if gentle else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "amount", "now", "user", "careful", "explore"),
+    [
+        ("weight_decay", 1000.0, 0.01, 0.01, 0.015, 0.01 * EXPLORE),
+        ("weight_decay", 1000.0, 0.025, 0.01, 0.03, 0.01 * EXPLORE),
+        ("weight_decay", 1000.0, 1e-5, 1e-5, 3e-5, 1e-5 * EXPLORE),  # not up to the floor
+        ("weight_decay", 0.001, 1.5e-3, 1.5e-3, 1.5e-4, 1.5e-3 / EXPLORE),  # nor down to nothing
+        ("weight_decay", 1000.0, 0.0, 0.0, 1e-3, 1e-3),
+        ("weight_decay", 1000.0, 2.5e-3, 0.0, 3e-3, 1e-3 * EXPLORE),
+        ("clip", 0.001, 1.0, 1.0, 0.5, 1.0 / EXPLORE),
+        ("clip", 0.001, 0.1, 1.0, 0.1, 1.0 / EXPLORE),
+        ("depth", -3.0, 6, 6, 5, 3),
+        ("depth", -3.0, 1, 6, 1, 1),
+        ("depth", 3.0, 5, 6, 6, 6),
+        ("depth", 1.0, 6, 6, 6, 6),
+    ],
+)
+def test_the_guard_bounds_a_turn(name, amount, now, user, careful, explore):
+    """In a decision, and by the user's own setting; said so where it is not what was wished."""
+    wish, before = Decision(turns=((name, amount),)), Knobs().having(**{name: now})
+    context = Context(100, 10, 150_000, 1000, 6, "full", "adamw", 1e-3)
+    for limits, expected in ((CAREFUL, careful), (FAR, explore)):
+        limits = replace(limits, turns=(name,))
+        given = {"rate": 1e-3, "start": 1e-3, "dials": {name: [now, user]}}
+        _, ruling = rule(GuardState(), wish, limits, **given)
+        after = getattr(ruling.turn(before, context), name)
+        assert after == pytest.approx(expected)
+        assert bool(ruling.decision.turns) == (after != now)
+        wished = DIALS[name].turned(now, amount)
+        assert name.replace("_", " ") in ruling.guard or after == pytest.approx(wished)
+        _, ruling = rule(GuardState(cooldown=2), wish, limits, **given)
+        assert ruling.turn(before, context) == replace(before, rate=1e-3)
+        assert "is not turned after a divergence" in ruling.guard
+        _, ruling = rule(GuardState(), wish, limits, warming=True, **given)
+        assert (ruling.turn(before, context) == before) == (limits.gentle or after == now)
+
+
+def test_a_choice_for_each_knob_is_bounded_knob_by_knob():
+    wish = Decision(10.0, turns=(("weight_decay", 10.0), ("clip", 0.9)))
+    limits = replace(CAREFUL, turns=("weight_decay", "clip"))
+    given = {"rate": 1e-3, "start": 1e-3, "dials": {"weight_decay": [0.1, 0.1], "clip": [1, 1]}}
+    _, ruling = rule(GuardState(), wish, limits, **given)
+    assert ruling.decision == Decision(1.5, turns=(("weight_decay", 1.5), ("clip", 0.9)))
+    assert ruling.guard == "at most x1.5 in a decision; at most weight decay x1.5 in a decision"
+    _, ruling = rule(GuardState(), wish, limits, warming=True, **given)
+    assert ruling.decision == KEEP
 
 
 class Turning:

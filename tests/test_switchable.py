@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,15 +26,19 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+import tuner.callback
 from envs import optim
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, UnknownName
 from envs.handles import Handles
 from envs.job import TorchJob
 from envs.knobs import OPTIMIZERS, Actions, Knobs
+from envs.progress import Context, Progress
 from envs.switchable import SwitchableOptimizer
 from tuner.audit import replay
 from tuner.callback import LOG, TunerCallback
+from tuner.guard import FAR
+from tuner.steer import Helm
 
 ACTIONS = Actions(
     optimizers=OPTIMIZERS,
@@ -169,7 +175,10 @@ def test_a_trainer_obeys_as_the_environments_job_does(task, tmp_path, order):  #
         seen.append(observation)
         rates += [info["rate"] * (STEPS - len(rates) - i) / STEPS for i in range(EVERY)]
     assert len(policy.seen) == 10
-    assert [line["guard"] for line in lines(tmp_path)] == [""] * 10
+    guards = [""] * 10
+    if order[2] == "depth +1":  # all are in training already
+        guards[2] = "depth held at 2"
+    assert [line["guard"] for line in lines(tmp_path)] == guards
     np.testing.assert_allclose(policy.seen, seen[:10], rtol=1e-4, atol=1e-4)
     assert trainer.recorder.rates == pytest.approx(rates, rel=1e-12)
     for mine, other in zip(weights(trainer), env._job._module.parameters(), strict=True):
@@ -231,7 +240,10 @@ def test_once_off_the_users_settings_rule_again(task, tmp_path):  # noqa: F811
     assert watch.seen[11] == ("sgd", pytest.approx(0.03), pytest.approx(0.3), True)
     assert watch.seen[-1] == ("adamw", 0.01, 1.0, False)
     last = trainer.recorder.rates[-1] * STEPS
-    assert last == pytest.approx(lines(tmp_path)[-1]["applied"]["multiplier"] * 2e-3)
+    applied = lines(tmp_path)[-1]["applied"]
+    assert applied["optimizer"] == "adamw"
+    assert last == pytest.approx(applied["multiplier"] * 2e-3) == pytest.approx(applied["rate"])
+    assert replay(tmp_path / LOG, policy) == []
 
 
 def test_a_policy_that_fails_leaves_the_users_settings(task, tmp_path):  # noqa: F811
@@ -249,7 +261,132 @@ def test_a_policy_that_fails_leaves_the_users_settings(task, tmp_path):  # noqa:
     assert watch.seen[11][0] == "sgd"
     assert watch.seen[-1] == ("adamw", 0.0, 1.0, False)
     assert trainer.recorder.rates[-1] == pytest.approx(2e-3 / STEPS)
-    assert json.loads(json.dumps(lines(tmp_path)[-1]))["guard"].startswith("off: failed")
+    last = lines(tmp_path)[-1]
+    assert last["guard"].startswith("off: failed")
+    assert (last["applied"]["rate"], last["applied"]["optimizer"]) == (2e-3, "adamw")
+
+
+class Always:
+    """Wants the same always, in the second half of a run with a broken policy."""
+
+    sha256 = "a" * 64
+
+    def __init__(self, name, broken=False):
+        self.manifest = SimpleNamespace(actions=ACTIONS, decisions=10)
+        self._action, self._broken = AT[name], broken
+
+    def act(self, observation):
+        if self._broken and observation[0] > 0.45:
+            raise RuntimeError("no more")
+        return self._action
+
+    def outside(self, observation):
+        return ["gap"] if observation[0] > 0.45 else []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_helm_that_gives_up_gives_the_users_optimizer_back(tmp_path, broken):
+    """Without a callback, also after a resumption; the log says what is carried out."""
+    log, policy = tmp_path / "log", Always("sgd", broken)
+    context = Context(100, 10, 150_000, 1000, 6, "full", "adamw", 1e-3)
+    helm = Helm(policy, replace(FAR, switch=True), 1e-3, log=log)
+    helm.start()
+    knobs, history, kinds = Knobs(1e-3), [Progress(0, 1e-3, 1.0)], []
+    for number in range(10):
+        if number == 3:
+            state = json.loads(json.dumps(helm.state()))
+            helm = Helm(policy, replace(FAR, switch=True), 1e-3, log=log)
+            helm.load_state(state)
+        knobs = helm.decide(history, context, knobs).turn(knobs, context)
+        kinds.append(knobs.optimizer)
+        history.append(Progress(10 * number + 10, knobs.rate, 1.0, (1.0, 0.9)))
+    at = 5 if broken else 7
+    assert kinds == ["sgd"] * at + ["adamw"] * (10 - at)
+    assert knobs.rate == pytest.approx(1e-3)
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(found) == at + 1
+    applied = [line["applied"] for line in found]
+    assert applied[0]["rate"] == pytest.approx(50e-3)
+    assert [each["multiplier"] for each in applied] == pytest.approx([1.0] * len(applied))
+    assert (applied[-1]["rate"], applied[-1]["optimizer"]) == (pytest.approx(1e-3), "adamw")
+    assert replay(log, policy) == []
+
+
+HOSTILE = Actions(
+    turns=(("weight_decay", 1e3), ("weight_decay", 1e-3), ("clip", 1e3), ("clip", 1e-3),
+           ("depth", -2.0)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["careful", "explore"])
+@pytest.mark.parametrize(
+    "names",
+    [["weight_decay x1000"], ["weight_decay x0.001"], ["clip x1000"], ["clip x0.001"],
+     ["depth -2"], ["weight_decay x1000", "clip x0.001"]],
+)  # fmt: skip
+def test_hostile_turns_stay_within_the_limits(task, tmp_path, mode, names):  # noqa: F811
+    at = {HOSTILE.label(action): action for action in range(HOSTILE.size)}
+    policy, watch = Stub(by_turns(*[at[name] for name in names])), Watch()
+    policy.manifest.actions = HOSTILE
+    callback = TunerCallback(policy, mode=mode, eval_dataset=own(task))
+    trainer = train(task, tmp_path, callback, extra=[watch], weight_decay=0.01, warmup_steps=6)
+    low, high, up, down = (0.1, 3, 1.5, 2) if mode == "careful" else (10**-1.5, 10**1.5, 1e3, 1e3)
+    for values in ([seen[1] / 0.01 for seen in watch.seen], [seen[2] for seen in watch.seen]):
+        values = np.array([1.0, *values])
+        assert values.min() >= low * (1 - 1e-12)
+        assert values.max() <= high * (1 + 1e-12)
+        assert (values[1:] / values[:-1]).max() <= up * (1 + 1e-12)
+        assert (values[1:] / values[:-1]).min() >= 1 / down * (1 - 1e-12)
+        assert mode == "explore" or set(values[:7]) == {1.0}  # the warm-up
+    assert trainer.state.global_step == STEPS
+    assert watch.seen[-1][1:] != (0.01, 1.0, False)
+    assert replay(tmp_path / LOG, policy) == []
+
+
+def test_one_layer_at_least_stays_in_training(task, tmp_path):  # noqa: F811
+    """Where nothing else is trained, as with LoRA, the run would break without it."""
+
+    def alone(trainer):
+        trainer.model.requires_grad_(False)
+        trainer.model.encoder.encoder.layer.requires_grad_(True)
+
+    policy = stub("depth -1")
+    trainer = train(task, tmp_path, TunerCallback(policy, mode="explore"), before=alone)
+    assert trainer.state.global_step == STEPS
+    assert {line["guard"] for line in lines(tmp_path)} == {"depth held at 1"}
+
+    class Args:
+        fsdp, max_grad_norm, world_size = "", 1.0, 1
+
+    handles = Handles(Args, trainer.model, trainer.optimizer.optimizer, 1e-3, ACTIONS)
+    assert [handles.fit(Knobs(depth=depth)).depth for depth in (0, 1, 2)] == [1, 1, 1]
+
+
+def test_a_resumption_that_fails_leaves_the_users_settings(task, tmp_path, monkeypatch, caplog):  # noqa: F811
+    """The checkpoint brings the tuner's, in the schedule, in the optimizer, and in its kind."""
+    args = {"save_strategy": "steps", "save_steps": 13, "weight_decay": 0.02}
+    begin = switchable(decay=0.02)
+    train(task, tmp_path, TunerCallback(stub(*NAMES), mode="explore"), before=begin, **args)
+
+    def fail(*_):
+        raise MemoryError("no room for the best weights")
+
+    def elsewhere(numbers, device, failed=False):
+        return [*numbers], True
+
+    for place in ("read_weights", "Eyes", "Context", "share"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tuner.callback, place, elsewhere if place == "share" else fail)
+            watch = Watch()
+            trainer = train(
+                task, tmp_path, TunerCallback(stub(*NAMES), mode="explore"), before=begin,
+                extra=[watch], resume=str(tmp_path / "checkpoint-13"), **args,
+            )  # fmt: skip
+        assert "no room for the best weights" in caplog.text
+        assert set(watch.seen) == {("adamw", 0.02, 1.0, False)}
+        plain = [2e-3 * (STEPS - step) / STEPS for step in range(13, STEPS)]
+        assert trainer.recorder.rates == pytest.approx(plain, rel=1e-12)
+        assert trainer.lr_scheduler.base_lrs == [2e-3] * len(trainer.lr_scheduler.base_lrs)
 
 
 def test_sharded_weights_are_refused(task):  # noqa: F811

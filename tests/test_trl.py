@@ -211,6 +211,18 @@ def test_without_the_trainer_the_log_tells(words, tmp_path, every):
     assert trainer.look.rates[-1] == pytest.approx(20.48e-3)
 
 
+def test_advice_asks_for_no_log_line(words, tmp_path):
+    """The run is the one without the callback, what it logs included."""
+    plain, advised = (trainer_of("DPO", words, tmp_path / x, logging_steps=5) for x in "ab")
+    plain.train()
+    steer(advised, given=False, advise=True)
+    steps = [[log["step"] for log in each.state.log_history] for each in (plain, advised)]
+    assert steps[0] == steps[1]
+    assert 5 in steps[0]
+    for one, other in zip(plain.model.parameters(), advised.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_validation_losses_of_another_objective_are_not_used(words, tmp_path, caplog):
     """DPO's model gives the loss of plain language modelling besides; nobody trains it."""
     rows = [{"prompt_ids": [5, 6, 7, 8]}] * 4

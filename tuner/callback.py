@@ -17,7 +17,7 @@ from envs.gauge import Gauge
 from envs.handles import Handles
 from envs.instruments import Eyes, Rates, Slice, describe, objective_of, read_weights, write_weights
 from envs.job import finite
-from envs.knobs import Decision, Knobs
+from envs.knobs import Knobs
 from envs.processes import rank, world
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
@@ -134,6 +134,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._release()
         self._begun = self._live = False
         self._failure: Exception | None = None
+        self._saved: dict[str, Any] = {}  # what a checkpoint brought
         try:
             self._begin(args, state, **kwargs)
         except SteersmanError:
@@ -145,6 +146,11 @@ class TunerCallback(TrainerCallback, ExportableState):
         if share([], args.device, self._failure is not None)[1]:
             self._begun = self._live = False
             self._release()
+            if self._saved and not self._advise:  # the tuner's settings among it
+                self._handles.put(self._handles.given, self._knobs_of(self._saved))
+                self._rates.put(self._rates.start)
+        elif self._saved:
+            self._agree(args, state, control)
 
     def _begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
@@ -158,6 +164,10 @@ class TunerCallback(TrainerCallback, ExportableState):
         saved = saved if state.global_step > 0 else None
         base = saved["base_rates"] if saved else None
         self._rates = Rates(kwargs.get("lr_scheduler"), base)
+        users = saved.get("user", {}) if saved else {}
+        actions = self._policy.manifest.actions
+        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
+        self._knobs, self._saved = self._handles.given, saved or {}
         self._model, self._optimizer = model, optimizer
         averaged = args.average_tokens_across_devices
         self._eyes = Eyes(model, args.gradient_accumulation_steps, averaged)
@@ -169,10 +179,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._loader = kwargs.get("train_dataloader")
         self._total = state.max_steps
         self._interval = max(1, math.ceil(self._total / self._decisions))
-        users = saved.get("user", {}) if saved else {}
-        actions = self._policy.manifest.actions
-        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
-        self._knobs = self._handles.given
         self._context = Context(
             total=self._total,
             decisions=math.ceil(self._total / self._interval),
@@ -239,8 +245,9 @@ class TunerCallback(TrainerCallback, ExportableState):
             "eval_dataset is not used: the model's own loss is not the one that is trained; give "
             "the callback trainer= for that one"
         )
-        self._slice = None
-        self._book.history = [replace(r, validation=math.nan) for r in self._book.history]
+        self._slice, book = None, self._book
+        book.history = [replace(r, validation=math.nan) for r in book.history]
+        book.best, book.best_step, book.judged = math.inf, -1, False
 
     def _listen(self, trainer: Any) -> None:
         """Have each training step's loss told."""
@@ -301,7 +308,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             self._drop_slice()
         if step == self._end():
             self._book.report = self._close(step)
-            if self._eyes.blind and self._deaf is None:
+            if self._eyes.blind and self._deaf is None and not self._advise:
                 control.should_log = True
         look = step >= self._total or (step - self._book.last) % WATCH == 0
         self._watch(step, control, look)
@@ -428,9 +435,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         ruling = self._helm.decide(book.history, self._context, self._knobs, warming=warming)
         book.applied = ruling.decision
         knobs = self._handles.fit(ruling.turn(self._knobs, self._context))
-        if ruling.off and knobs.optimizer != self._handles.given.optimizer:  # the user's again
-            switch = Decision(optimizer=self._handles.given.optimizer)
-            knobs = replace(ruling, decision=switch).turn(knobs, self._context)
         return Order(knobs.rate, ruling.decision.rollback, ruling.off, keep), knobs
 
     def _turn(self, knobs: Knobs) -> None:
@@ -490,7 +494,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._book = Logbook.from_json(saved["book"])
         self._eyes.losses = list(saved["losses"])
         if not self._advise:
-            self._turn(Knobs(**saved.get("knobs", asdict(self._knobs) | {"rate": saved["rate"]})))
+            self._turn(self._knobs_of(saved))
         self._gauge = Gauge(saved.get("bounded"))
         self._slice = None if saved.get("dropped") else self._slice
         folder = _folder(args, step)
@@ -498,11 +502,21 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._eyes.last_gradient = gradient
         if gradient is not None:
             self._probe.gradient(gradient)
-        if not self._eyes.everywhere(self._snapshot is not None):
+
+    def _knobs_of(self, saved: dict[str, Any]) -> Knobs:
+        """Those in force when the checkpoint was made."""
+        own = asdict(self._handles.given)
+        return Knobs(**saved.get("knobs", own | {"rate": saved["rate"]}))
+
+    @guarded
+    def _agree(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All processes come back to the best weights, or none: their disks may differ."""
+        if share([], self._eyes.device, self._snapshot is None)[1]:
             self._snapshot = None
-        if saved["kept"] and self._snapshot is None:
-            logger.warning("%s: the best weights are not there: these take their place", folder)
-            self._snapshot = remember(self._eyes.parameters)
+            if self._saved["kept"]:
+                folder = _folder(args, state.global_step)
+                logger.warning("%s: the best weights are not there: these take their place", folder)
+                self._snapshot = remember(self._eyes.parameters)
 
     @property
     def _weights(self) -> str:

@@ -8,21 +8,22 @@ of 8 and 16, where no plain run raises an alarm; see ``tests/test_guard.py``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal, get_args
 
+from envs.dials import DIALS, Turn, label
 from envs.env import BLOWN, EXPLORE
 from envs.errors import UnknownName
-from envs.knobs import KEEP, ROLLBACK_FACTOR, Decision, Knobs, turn
+from envs.knobs import KEEP, ROLLBACK_FACTOR, Decision, Knobs, Optimizer, turn
 from envs.progress import Context, Progress
 
 Mode = Literal["careful", "explore"]
 
 EVENTS = 2  # divergences after which the tuner is off
 STRANGE = 3  # observations out of range in a row after which it is off
-COOLDOWN = 2  # decisions after a divergence in which the rate is not raised
+COOLDOWN = 2  # decisions after a divergence in which the rate is not raised, nor a dial turned
 STREAK = 5  # updates in a row that must be off for a loss to count as off
 WINDOW = 50  # updates before the interval that the running median is taken over
 DEVIATIONS = 6.0  # median absolute deviations above the running median
@@ -32,15 +33,19 @@ WORSE = 2.0  # times the best validation loss
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a policy may go, as multiples of the user's schedule."""
+    """How far a policy may go, as multiples of the user's schedule, and of other dials' settings.
+
+    A dial that counts, as the depth does, stays between 1 and the user's own; where the limits are
+    gentle it moves by one a decision. One that the user has off, at 0, is taken for its floor.
+    """
 
     mode: Mode
-    below: float  # the rate stays above the schedule over this
+    below: float  # the rate stays above the schedule over this; a dial likewise
     above: float  # and below the schedule times this
-    up: float = math.inf  # most a decision may raise the rate by
+    up: float = math.inf  # most a decision may raise the rate, or a dial, by
     down: float = math.inf  # and lower it by
     lead: float = 0.0  # least log odds of an action over *keep*, else the rate is kept
-    gentle: bool = False  # not raised during warm-up; an alarm also on a mere spike
+    gentle: bool = False  # not raised, no dial turned in warm-up; an alarm on a mere spike
     rollback: bool = True  # the policy may roll back when it likes
     switch: bool = False  # whoever carries out the rulings can change the optimizer
     turns: tuple[str, ...] = ()  # and these of `envs.dials.DIALS`
@@ -65,7 +70,7 @@ class GuardState:
     """What the guard remembers from decision to decision; plain numbers."""
 
     events: int = 0  # divergences so far
-    cooldown: int = 0  # decisions for which the rate is not to be raised
+    cooldown: int = 0  # decisions in which the rate is not raised, and no dial turned
     strange: int = 0  # observations out of range in a row
     off: str = ""  # why the tuner is off for good; empty while it is on
     multiplier: float = 1.0  # of the user's schedule, once off
@@ -73,7 +78,7 @@ class GuardState:
 
 @dataclass(frozen=True)
 class Ruling:
-    """What is carried out: a decision, and bounds of the peak rate after it."""
+    """What is carried out: a decision, and bounds of the peak rate and of dials after it."""
 
     decision: Decision
     low: float
@@ -81,6 +86,7 @@ class Ruling:
     guard: str = ""  # why it is not what the policy wished; empty when the wish was granted
     off: bool = False  # the tuner is off from here on
     back: tuple[tuple[str, float], ...] = ()  # dials that are put back to what the user gave
+    bounds: tuple[tuple[str, float, float], ...] = ()  # of the dials that it turns
 
     def turn(self, knobs: Knobs, context: Context) -> Knobs:
         """The knobs after this ruling."""
@@ -92,7 +98,12 @@ class Ruling:
             parameters=context.parameters,
             adapter=context.adapter,
         )
-        return turned.having(**dict(self.back))
+        held = {
+            name: min(max(value, low), high)
+            for name, low, high in self.bounds
+            if (value := getattr(turned, name)) is not None
+        }
+        return turned.having(**{**held, **dict(self.back)})
 
 
 def rule(
@@ -106,17 +117,21 @@ def rule(
     strange: Sequence[str] = (),
     warming: bool = False,
     lead: float | None = None,
+    dials: Mapping[str, Sequence[float]] | None = None,
+    own: Optimizer | None = None,
 ) -> tuple[GuardState, Ruling]:
     """A policy's wish and the evidence -> what is done.
 
     rate: the peak rate in force; start: the user's. trouble: what `alarm` found. strange: the
     features out of the policy's range. warming: the user's schedule is still in its warm-up. lead:
-    how clearly the policy prefers its wish to *keep*, in log odds; None if it has none.
+    how clearly the policy prefers its wish to *keep*, in log odds; None if it has none. dials: the
+    setting in force of each dial that the wish turns, and the user's. own: the user's optimizer,
+    where another is in use; a tuner that is switched off gives it back.
     """
     if state.off:
-        return state, _rest(start * state.multiplier, state.off)
+        return state, _rest(start * state.multiplier, state.off, own)
     if trouble:
-        return _rescue(state, limits, trouble, rate=rate, start=start)
+        return _rescue(state, limits, trouble, rate=rate, start=start, own=own)
     held = state.cooldown > 0 or (limits.gentle and warming)
     most, least = (min(1.0, limits.up) if held else limits.up), 1 / limits.down
     low, high = start / limits.below, start * limits.above
@@ -124,7 +139,8 @@ def rule(
     if strange:
         count, names = state.strange + 1, ", ".join(strange[:3])
         if count >= STRANGE:
-            return switch_off(after, start, f"{count} observations in a row out of range ({names})")
+            why = f"{count} observations in a row out of range ({names})"
+            return switch_off(after, start, why, own=own)
         eased = min(max((rate / start) ** -0.5, least), most)
         reason = f"out of range: {names}; eased towards the schedule"
         return replace(after, strange=count), Ruling(Decision(eased), low, high, reason)
@@ -140,21 +156,64 @@ def rule(
         return after, Ruling(KEEP, low, high, f"not clear enough: ahead of keep by {lead:.2g}")
     multiplier = wish.multiplier if wish.rollback else min(max(wish.multiplier, least), most)
     aim = rate * multiplier
-    reason = ""
+    reason, late = "", "after a divergence" if state.cooldown else "in the warm-up"
     if wish.optimizer is None and not wish.rollback and not low <= aim <= high:
         reason = f"held at x{(low if aim < low else high) / start:.3g} of the schedule"
     elif multiplier > wish.multiplier:
         reason = f"at most /{limits.down:g} in a decision"
     elif multiplier < wish.multiplier and held:
-        reason = f"not raised {'after a divergence' if state.cooldown else 'in the warm-up'}"
+        reason = f"not raised {late}"
     elif multiplier < wish.multiplier:
         reason = f"at most x{limits.up:g} in a decision"
-    applied = wish if multiplier == wish.multiplier else replace(wish, multiplier=multiplier)
-    return after, Ruling(applied, low, high, reason)
+    reasons, turns, bounds = [reason], list[Turn](), list[tuple[str, float, float]]()
+    for each in wish.turns:
+        if held:
+            reasons.append(f"the {each[0].replace('_', ' ')} is not turned {late}")
+            continue
+        granted, bound, words = _mind(each, limits, (dials or {}).get(each[0]))
+        reasons.append(words)
+        turns += granted
+        bounds += bound
+    if (multiplier, tuple(turns)) != (wish.multiplier, wish.turns):
+        wish = replace(wish, multiplier=multiplier, turns=tuple(turns))
+    reason = "; ".join(filter(None, reasons))
+    return after, Ruling(wish, low, high, reason, bounds=tuple(bounds))
+
+
+def _mind(
+    wish: Turn, limits: Limits, known: Sequence[float] | None
+) -> tuple[list[Turn], list[tuple[str, float, float]], str]:
+    """A turn -> the one that is granted, if any; bounds of what it comes to; why, if it differs.
+
+    known: the setting in force, and the user's; without it there are no bounds.
+    """
+    name, amount = wish
+    dial, step = DIALS[name], min(max(amount, 1 / limits.down), limits.up)
+    if dial.way == "plus":
+        step = math.copysign(1.0, amount) if limits.gentle else amount
+    words = "" if step == amount else f"at most {label((name, step))} in a decision"
+    if known is None:
+        return [(name, step)], [], words.replace("_", " ")
+    now, user = known
+    low, high = user / limits.below, (user or dial.floor) * limits.above
+    if dial.way == "plus":
+        low, high = min(1.0, user), user
+    moved = dial.turned(now, step)
+    held = min(max(moved, low), high)
+    if held != moved:
+        words = f"{name} held at {held:.3g}"
+    granted = [] if moved != now == held else [(name, step)]
+    return granted, [(name, low, high)], words.replace("_", " ")
 
 
 def _rescue(
-    state: GuardState, limits: Limits, trouble: str, *, rate: float, start: float
+    state: GuardState,
+    limits: Limits,
+    trouble: str,
+    *,
+    rate: float,
+    start: float,
+    own: Optimizer | None,
 ) -> tuple[GuardState, Ruling]:
     """The last verified weights again: once with half the rate, the next time without the tuner."""
     halved = min(1.0, rate / start) * ROLLBACK_FACTOR
@@ -163,23 +222,27 @@ def _rescue(
         # Whoever explores does not trust the schedule: a rate that diverged is not taken up again.
         lowest = 1.0 / limits.below
         multiplier = 1.0 if limits.gentle else max(lowest, min(1.0, rate / start * ROLLBACK_FACTOR))
-        after, ruling = switch_off(after, start, f"diverged again: {trouble}", multiplier)
-        return after, replace(ruling, decision=Decision(rollback=True))
+        after, ruling = switch_off(after, start, f"diverged again: {trouble}", multiplier, own)
+        return after, replace(ruling, decision=replace(ruling.decision, rollback=True))
     low = start / limits.below
     high = max(low, start * halved)
     return after, Ruling(Decision(rollback=True), low, high, f"diverged: {trouble}")
 
 
 def switch_off(
-    state: GuardState, start: float, reason: str, multiplier: float = 1.0
+    state: GuardState,
+    start: float,
+    reason: str,
+    multiplier: float = 1.0,
+    own: Optimizer | None = None,
 ) -> tuple[GuardState, Ruling]:
-    """The tuner is off for good, and the user's schedule rules."""
+    """The tuner is off for good, and the user's schedule rules, with the user's optimizer."""
     after = replace(state, off=reason, multiplier=multiplier)
-    return after, _rest(start * multiplier, f"off: {reason}")
+    return after, _rest(start * multiplier, f"off: {reason}", own)
 
 
-def _rest(rate: float, reason: str) -> Ruling:
-    return Ruling(KEEP, rate, rate, reason, off=True)
+def _rest(rate: float, reason: str, own: Optimizer | None) -> Ruling:
+    return Ruling(Decision(optimizer=own), rate, rate, reason, off=True)
 
 
 def alarm(history: Sequence[Progress], limits: Limits, multiplier: float = 1.0) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from envs.dials import label
 from envs.errors import BadInput
-from envs.knobs import KEEP, Knobs, decode, exchange
+from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
 from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
@@ -40,6 +40,7 @@ class Helm:
         self.guard = GuardState()
         self._start = start_rate  # in terms of the optimizer in use
         self._given: tuple[tuple[str, float], ...] = ()  # the user's settings of dials turned since
+        self._own: Optimizer | None = None  # the user's, while another is in use
         self.audit = Audit(Path(log)) if log is not None else None
 
     @property
@@ -55,7 +56,7 @@ class Helm:
     def start(self) -> None:
         """Begin a new run: nothing remembered, a new log."""
         self.guard = GuardState()
-        self._start, self._given = self.start_rate, ()
+        self._start, self._given, self._own = self.start_rate, (), None
         if self.audit is not None:
             self.audit.start()
 
@@ -79,11 +80,12 @@ class Helm:
         if not self.off:
             logger.warning("the tuner failed and is off; your schedule rules: %s", text)
         reason = f"failed: {text}"
-        self.guard, ruling = switch_off(self.guard, self._start, reason)
+        self.guard, ruling = switch_off(self.guard, self._start, reason, own=self._own)
         ruling = replace(ruling, back=self._given)
         applied = {
-            "multiplier": 1.0, "rate": self._start, "rollback": False, "optimizer": None
+            "multiplier": 1.0, "rate": self.start_rate, "rollback": False, "optimizer": self._own
         }  # fmt: skip
+        self._start, self._own = self.start_rate, None
         try:
             if self.audit is not None:
                 self.audit.append(
@@ -112,7 +114,14 @@ class Helm:
             "warming": warming,
             "lead": lead(self.policy, observation, actions),
         }
-        after, ruling = rule(self.guard, decode(action, actions), self.limits, **evidence)
+        wish, user = decode(action, actions), dict(self._given)
+        if wish.turns:
+            now = {name: getattr(knobs, name) for name, _ in wish.turns}
+            now = {name: value for name, value in now.items() if value is not None}
+            evidence["dials"] = {name: [now[name], user.get(name, now[name])] for name in now}
+        if self._own is not None:
+            evidence["own"] = self._own
+        after, ruling = rule(self.guard, wish, self.limits, **evidence)
         ruling = replace(ruling, back=self._given if ruling.off else ())
         would = ruling.turn(knobs, context)
         if self.advise:
@@ -121,6 +130,7 @@ class Helm:
             advice += ", rolled back" if ruling.decision.rollback else ""
             ruling = Ruling(KEEP, knobs.rate, knobs.rate, advice)
             after, would = self.guard, knobs
+        share = exchange(knobs.optimizer, would.optimizer, context.parameters, context.adapter)
         if self.audit is not None:
             evidence["mode"] = "advise" if self.advise else self.limits.mode
             if self.limits.turns:
@@ -131,7 +141,7 @@ class Helm:
                     "observation": observation.tolist(),
                     "normalised": normalised(self.policy, observation),
                     "proposed": proposal(action, actions),
-                    "applied": applied(ruling.decision, would, start),
+                    "applied": applied(ruling.decision, would, start * share),
                     "guard": ruling.guard,
                     "reason": reason(self.policy, observation, actions),
                     "sha256": self.policy.sha256,
@@ -141,15 +151,14 @@ class Helm:
         if after.off:
             logger.warning("the tuner is off; your schedule rules: %s", after.off)
         self.guard = after
-        known = dict(self._given)
         self._given += tuple(
             (name, getattr(knobs, name))
             for name, _ in ruling.decision.turns
-            if name not in known and getattr(knobs, name) is not None
+            if name not in user and getattr(knobs, name) is not None
         )
-        self._start *= exchange(
-            knobs.optimizer, would.optimizer, context.parameters, context.adapter
-        )
+        self._start *= share
+        own = self._own or knobs.optimizer
+        self._own = None if would.optimizer == own else own
         return ruling
 
     def state(self) -> dict[str, Any]:
@@ -158,6 +167,7 @@ class Helm:
             "guard": asdict(self.guard),
             "start": self._start,
             "given": [list(pair) for pair in self._given],
+            "own": self._own,
             "sha256": self.policy.sha256,
             "lines": self.audit.lines if self.audit else 0,
         }
@@ -171,5 +181,6 @@ class Helm:
             )
         self.guard, self._start = GuardState(**state["guard"]), state["start"]
         self._given = tuple((name, value) for name, value in state.get("given", ()))
+        self._own = state.get("own")
         if self.audit is not None:
             self.audit.cut(state["lines"])
