@@ -21,7 +21,7 @@ from gymnasium.vector import VectorEnv
 from baselines.identity import code_version
 from envs import observe
 from envs.errors import BadInput
-from envs.files import write_atomic
+from envs.files import make_folder, write_atomic
 from envs.hardware import Plan
 from envs.start import data_of
 from tuner import policy
@@ -49,6 +49,7 @@ def train(
     Called again with the same configuration it resumes; with another it refuses.
     """
     config.check()
+    make_folder(out)
     saved = _load_checkpoint(out / "checkpoint.pt", config)
     plan = plan_of(config) if saved is None else Plan(**json.loads(saved["plan"]))
     with opened(config, plan) as curriculum:
