@@ -17,20 +17,20 @@ KINDS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}  # of others,
 class Handles:
     """What a callback can set: weight decay, clipping, depth, and a `SwitchableOptimizer`'s kind.
 
-    Not LoRA's scaling, which a Trainer's checkpoint does not keep, nor beta, which is the Trainer's
-    own.
+    Beta too, where the Trainer is given and has one. Not LoRA's scaling, which a Trainer's
+    checkpoint does not keep.
     """
 
     def __init__(
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
-        *, decays: list[float] | None = None, kind: str = "",
+        *, trainer: Any = None, decays: list[float] | None = None, kind: str = "",
     ) -> None:  # fmt: skip
         """actions: the policy's. decays, kind: the user's, where a checkpoint has brought others.
 
         In several processes layers stay as they are: each waits for the gradients of all.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
-        self._args, self._optimizer = args, optimizer
+        self._args, self._optimizer, self._trainer = args, optimizer, trainer
         self._inner = inner if isinstance(inner, SwitchableOptimizer) else None
         if self._inner is not None and getattr(args, "fsdp", None):
             raise BadInput("trainer: fsdp: its optimizer cannot be switched; use a plain one")
@@ -51,11 +51,13 @@ class Handles:
             optimizer=cast(Optimizer, self.kind or "adamw"),
             weight_decay=min(max(largest, 0.0), 1.0),
             clip=min(max(clip, 0.0), 1e6),
+            beta=beta_of(trainer),
             depth=depth,
         )
         can = {
             "weight_decay": any(self._shares) and 0 <= largest <= 1,
             "clip": 0 < clip <= 1e6,
+            "beta": self.given.beta is not None,
             "depth": depth is not None,
         }
         self.dials = tuple(name for name, able in can.items() if able)
@@ -77,13 +79,16 @@ class Handles:
 
     def numbers(self, knobs: Knobs) -> tuple[float, ...]:
         """The settings beyond the rate as numbers, for other processes; NaN stands for None."""
-        depth = math.nan if knobs.depth is None else knobs.depth
-        return OPTIMIZERS.index(knobs.optimizer), knobs.weight_decay, knobs.clip, depth
+        known = (math.nan if value is None else value for value in (knobs.beta, knobs.depth))
+        return OPTIMIZERS.index(knobs.optimizer), knobs.weight_decay, knobs.clip, *known
 
-    def knobs(self, rate: float, kind: float, decay: float, clip: float, depth: float) -> Knobs:
+    def knobs(
+        self, rate: float, kind: float, decay: float, clip: float, beta: float, depth: float
+    ) -> Knobs:
         """What `numbers` was made of, and a rate."""
         return replace(
             self.given, rate=rate, optimizer=OPTIMIZERS[int(kind)], weight_decay=decay, clip=clip,
+            beta=None if math.isnan(beta) else beta,
             depth=None if math.isnan(depth) else int(depth),
         )  # fmt: skip
 
@@ -99,9 +104,19 @@ class Handles:
                 group["weight_decay"] = decay
         if knobs.clip != before.clip:
             self._args.max_grad_norm = knobs.clip
+        if knobs.beta is not None and knobs.beta != before.beta:
+            self._trainer.beta = knobs.beta
         if knobs.depth != before.depth:
             self._parts.put(replace(knobs, adapter_scale=None))
 
     def leave(self, knobs: Knobs) -> None:
         """The run is over: the arguments and what is trainable are as they were found."""
-        self.put(replace(knobs, clip=self.given.clip, depth=self.given.depth), knobs)
+        given = self.given
+        self.put(replace(knobs, clip=given.clip, beta=given.beta, depth=given.depth), knobs)
+
+
+def beta_of(trainer: Any) -> float | None:
+    """Of a Trainer whose objective has one that counts; with 0 there is no reference model."""
+    beta = getattr(trainer, "beta", None)
+    known = isinstance(beta, int | float) and not isinstance(beta, bool) and beta > 0
+    return float(beta) if known else None  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from envs import probe
 from envs.errors import BadInput, RunFailed
 from envs.gauge import Gauge
-from envs.handles import KINDS, Handles
+from envs.handles import KINDS, Handles, beta_of
 from envs.instruments import Eyes, Rates, describe, objective_of
 from envs.job import Score, finite, spread
 from envs.knobs import Actions, Knobs, Optimizer
@@ -196,7 +196,7 @@ class TrainerJob:
 
 def in_force(trainer: Any, knobs: Knobs) -> Knobs:
     """The knobs with the settings that are the Trainer's own, or its optimizer's if it has one."""
-    args, beta, optimizer = trainer.args, getattr(trainer, "beta", None), trainer.optimizer
+    args, optimizer = trainer.args, trainer.optimizer
     kind, decay = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim))), args.weight_decay
     if optimizer is not None:
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -206,7 +206,7 @@ def in_force(trainer: Any, knobs: Knobs) -> Knobs:
     return replace(knobs, optimizer=kind or "adamw").having(
         weight_decay=min(max(float(decay), 0.0), 1.0),
         clip=min(max(float(args.max_grad_norm or 0.0), 0.0), 1e6),
-        beta=float(beta) if isinstance(beta, int | float) and beta > 0 else None,
+        beta=beta_of(trainer),
     )
 
 
@@ -250,7 +250,12 @@ class _Pace(TrainerCallback):
         self._eyes = Eyes(kwargs["model"], args.gradient_accumulation_steps, averaged)
         self._optimizer = kwargs["optimizer"]
         self._handles = Handles(
-            args, kwargs["model"], self._optimizer, self._rates.start, Actions()
+            args,
+            kwargs["model"],
+            self._optimizer,
+            self._rates.start,
+            Actions(),
+            trainer=self._trainer,
         )
         self._put = in_force(self._trainer, self._handles.given)
 
@@ -261,8 +266,6 @@ class _Pace(TrainerCallback):
         if self.knobs != self._put:
             self._handles.put(self.knobs, self._put)
             self._rates.put(self.knobs.rate)
-            if self.knobs.beta is not None:
-                self._trainer.beta = self.knobs.beta
             self._put = self.knobs
         if self.until - state.global_step <= 2:
             self._eyes.watch_gradients()

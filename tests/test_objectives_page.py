@@ -77,16 +77,18 @@ def test_the_callback_turns_what_the_table_says(place, processes):
     args = SimpleNamespace(fsdp=place == "FSDP2", max_grad_norm=1.0, world_size=processes)
     net = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)] * 1))
     switchable = SwitchableOptimizer(net.parameters())
+    preference = SimpleNamespace(beta=0.1)
     if REACH["optimizer"][place]:
-        handles = Handles(args, net, switchable, 1e-3, TURNS)
+        handles = Handles(args, net, switchable, 1e-3, TURNS, trainer=preference)
         assert handles.switch
     else:
         with pytest.raises(BadInput, match="cannot be switched"):
             Handles(args, net, switchable, 1e-3, TURNS)
-        handles = Handles(args, net, switchable._inner, 1e-3, TURNS)
+        handles = Handles(args, net, switchable._inner, 1e-3, TURNS, trainer=preference)
     assert set(handles.dials) == {name for name in DIALS if REACH[name][place]}
     args.max_grad_norm = 0.0  # off: the table's condition
-    assert "clip" not in Handles(args, net, switchable._inner, 1e-3, TURNS).dials
+    plain = Handles(args, net, switchable._inner, 1e-3, TURNS)  # no Trainer given: no beta
+    assert not {"clip", "beta"} & set(plain.dials)
 
 
 @pytest.mark.parametrize("engine", REFUSED)

@@ -407,6 +407,17 @@ def test_settings_travel_as_numbers_and_layers_stay_in_several_processes():
     assert handles.dials == ("weight_decay", "clip", "depth")
     for knobs in (handles.given, Knobs(2e-3, optimizer="sgd", weight_decay=0.3, clip=7.0, depth=1)):
         assert handles.knobs(knobs.rate, *handles.numbers(knobs)) == knobs
+    rich = Handles(
+        Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS,
+        trainer=SimpleNamespace(beta=0.1),
+    )  # fmt: skip
+    assert rich.dials == ("weight_decay", "clip", "beta", "depth")
+    turned = replace(rich.given, beta=0.3)
+    assert rich.knobs(turned.rate, *rich.numbers(turned)) == turned
+    rich.put(turned, rich.given)
+    assert rich._trainer.beta == 0.3
+    rich.leave(turned)
+    assert rich._trainer.beta == 0.1
     Args.world_size = 2
     several = Handles(Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS)
     assert several.dials == ("weight_decay", "clip")

@@ -166,7 +166,9 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._rates = Rates(kwargs.get("lr_scheduler"), base)
         users = saved.get("user", {}) if saved else {}
         actions = self._policy.manifest.actions
-        self._handles = Handles(args, model, optimizer, self._rates.start, actions, **users)
+        self._handles = Handles(
+            args, model, optimizer, self._rates.start, actions, trainer=self._trainer, **users
+        )
         self._knobs, self._saved = self._handles.given, saved or {}
         self._model, self._optimizer = model, optimizer
         averaged = args.average_tokens_across_devices
