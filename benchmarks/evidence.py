@@ -30,8 +30,8 @@ What a trained tuner is worth on jobs it has never seen. `steersman benchmark PO
 raw outcomes, and this page of that file alone. A suite that has not been run to its end is not
 measured.
 
-- A method's result in a cell (a job and a seed) is the test accuracy of its selection-best trial, or
-  the metric of another objective (`docs/objectives.md`): where models write, one over perplexity.
+- A method's result in a cell (a job and a seed) is the test accuracy of its selection-best trial,
+  or the metric of another objective (`docs/objectives.md`; of likelihoods, one over perplexity).
   Test rows are read once, by the referee. In a cell all methods have the same initial weights, data
   order and misjudged starting rate, and every update and evaluated row is charged.
 - **Trials to match**: the smallest N for which the expected test score of the selection-best of N
