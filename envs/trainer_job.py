@@ -228,7 +228,7 @@ class _Pace(TrainerCallback):
         def watched(*args: Any, **kwargs: Any) -> Any:
             """Its result is the update's loss where the model's output has none."""
             loss = train(*args, **kwargs)
-            if not self._rewarded:
+            if not self._rewarded and (self._eyes.blind or not self.step):
                 self._eyes.see_step(loss)
             return loss
 
