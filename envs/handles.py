@@ -42,13 +42,13 @@ class Handles:
             for decay, group in zip(self.decays, groups, strict=True)
         ]
         clip = float(args.max_grad_norm or 0.0)
-        self.kind = kind or (self._inner.kind if self._inner else KINDS.get(type(inner).__name__))
+        self.kind = kind or kind_of(optimizer)
         self._parts = Parts(model)
         wish = opened(Knobs(rate=rate), actions)
         depth = None if args.world_size > 1 else self._parts.fit(wish, Knobs()).depth
         self.given = Knobs(
             rate=rate,
-            optimizer=cast(Optimizer, self.kind or "adamw"),
+            optimizer=cast(Optimizer, self.kind),
             weight_decay=min(max(largest, 0.0), 1.0),
             clip=min(max(clip, 0.0), 1e6),
             beta=beta_of(trainer),
@@ -113,6 +113,14 @@ class Handles:
         """The run is over: the arguments and what is trainable are as they were found."""
         given = self.given
         self.put(replace(knobs, clip=given.clip, beta=given.beta, depth=given.depth), knobs)
+
+
+def kind_of(optimizer: Any) -> Optimizer:
+    """What an optimizer counts as, wrapped by accelerate or not; an unknown one as AdamW."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, SwitchableOptimizer):
+        return inner.kind
+    return KINDS.get(type(inner).__name__, "adamw")
 
 
 def beta_of(trainer: Any) -> float | None:

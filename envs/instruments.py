@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -342,6 +342,25 @@ def read_weights(path: Path, step: int, eyes: Eyes) -> tuple[Tensor | None, Snap
     shapes = [None if weight is None else weight.shape for weight in weights]
     fit = shapes == [parameter.shape for parameter in eyes.parameters]
     return tensors.get("gradient"), [w for w in weights if w is not None] if fit else None
+
+
+def listen(trainer: Any, tell: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Tell each training step's loss from now on -> what ends that and leaves no trace."""
+    step, own = trainer.training_step, "training_step" in vars(trainer)
+
+    @functools.wraps(step)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        tell(loss)
+        return loss
+
+    def end() -> None:
+        del trainer.training_step
+        if own:
+            trainer.training_step = step
+
+    trainer.training_step = training_step
+    return end
 
 
 def objective_of(args: Any) -> str:

@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 from envs import probe
 from envs.errors import BadInput, RunFailed
 from envs.gauge import Gauge
-from envs.handles import KINDS, Handles, beta_of
-from envs.instruments import Eyes, Rates, describe, objective_of
+from envs.handles import Handles, beta_of, kind_of
+from envs.instruments import Eyes, Rates, describe, listen, objective_of
 from envs.job import Score, finite, spread
-from envs.knobs import Actions, Knobs, Optimizer
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from envs.switchable import SwitchableOptimizer
@@ -45,8 +45,6 @@ class Setup:
 
 
 Make = Callable[[Task, int, Knobs], Setup]
-
-_OPTIMIZERS: dict[str, Optimizer] = {"sgd": "sgd", "rmsprop": "rmsprop"}  # of others, "adamw"
 
 
 class TrainerJob:
@@ -197,13 +195,13 @@ class TrainerJob:
 def in_force(trainer: Any, knobs: Knobs) -> Knobs:
     """The knobs with the settings that are the Trainer's own, or its optimizer's if it has one."""
     args, optimizer = trainer.args, trainer.optimizer
-    kind, decay = _OPTIMIZERS.get(str(getattr(args.optim, "value", args.optim))), args.weight_decay
+    named = str(getattr(args.optim, "value", args.optim))
+    kind: Optimizer = next((known for known in OPTIMIZERS if known == named), "adamw")
+    decay = args.weight_decay
     if optimizer is not None:
-        inner = getattr(optimizer, "optimizer", optimizer)
-        own = inner.kind if isinstance(inner, SwitchableOptimizer) else None
-        kind = own or KINDS.get(type(inner).__name__)
+        kind = kind_of(optimizer)
         decay = max(group.get("weight_decay") or 0.0 for group in optimizer.param_groups)
-    return replace(knobs, optimizer=kind or "adamw").having(
+    return replace(knobs, optimizer=kind).having(
         weight_decay=min(max(float(decay), 0.0), 1.0),
         clip=min(max(float(args.max_grad_norm or 0.0), 0.0), 1e6),
         beta=beta_of(trainer),
@@ -222,17 +220,13 @@ class _Pace(TrainerCallback):
         self.factor = 1.0
         self.probe = probe.Probe()
         self._rewarded, self._gauge = hasattr(trainer, "reward_funcs"), Gauge()
-        train = trainer.training_step
+        if not self._rewarded:
+            listen(trainer, self._hear)
 
-        @functools.wraps(train)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            """Its result is the update's loss where the model's output has none."""
-            loss = train(*args, **kwargs)
-            if not self._rewarded and (self._eyes.blind or not self.step):
-                self._eyes.see_step(loss)
-            return loss
-
-        trainer.training_step = watched
+    def _hear(self, loss: torch.Tensor) -> None:
+        """The update's loss where the model's output has none; the first update tells."""
+        if self._eyes.blind or not self.step:
+            self._eyes.see_step(loss)
 
     def fetch(self) -> list[float]:
         """The losses of the updates since the last call; one transfer from the device.

@@ -15,7 +15,16 @@ from envs import probe
 from envs.errors import BadInput, SteersmanError
 from envs.gauge import Gauge
 from envs.handles import Handles
-from envs.instruments import Eyes, Rates, Slice, describe, objective_of, read_weights, write_weights
+from envs.instruments import (
+    Eyes,
+    Rates,
+    Slice,
+    describe,
+    listen,
+    objective_of,
+    read_weights,
+    write_weights,
+)
 from envs.job import finite
 from envs.knobs import Knobs
 from envs.processes import rank, world
@@ -207,7 +216,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             args.logging_nan_inf_filter = False
             logger.warning("logging_nan_inf_filter is off: it logs a loss of NaN as 0")
         if self._trainer is not None and not self._rewarded:
-            self._listen(self._trainer)
+            self._deaf = listen(self._trainer, self._eyes.see_step)
         if not self._live:
             self._release()
 
@@ -250,23 +259,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._slice, book = None, self._book
         book.history = [replace(r, validation=math.nan) for r in book.history]
         book.best, book.best_step, book.judged = math.inf, -1, False
-
-    def _listen(self, trainer: Any) -> None:
-        """Have each training step's loss told."""
-        step, own = trainer.training_step, "training_step" in vars(trainer)
-
-        @functools.wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            loss = step(*args, **kwargs)
-            self._eyes.see_step(loss)
-            return loss
-
-        def deaf() -> None:
-            del trainer.training_step
-            if own:
-                trainer.training_step = step
-
-        trainer.training_step, self._deaf = training_step, deaf
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model and the arguments as they were found."""
