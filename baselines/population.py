@@ -176,13 +176,13 @@ class _Drawn:
 def space_of(task: Task) -> dict[str, tuple[Any, ...]]:
     """The space of `Search`: Ray's distributions by name, and their arguments; AdamW's rates."""
     space = _Space()
-    draw(space, reference(task), Search.decades, task.adapter, 0)
+    draw(space, reference(task), Search.decades, task, 0)
     return space.known
 
 
 def knobs_of(task: Task, drawn: Mapping[str, Any]) -> Knobs:
     """Settings from a point of the space, or from one whose rate has left it."""
-    knobs, _ = draw(_Drawn(drawn), reference(task), Search.decades, task.adapter, 0)
+    knobs, _ = draw(_Drawn(drawn), reference(task), Search.decades, task, 0)
     return knobs
 
 

@@ -121,12 +121,18 @@ def reference(task: Task, optimizer: Optimizer = "adamw") -> float:
 
 
 def grid(
-    decades: Sequence[float] = (-1.0, -0.5, 0.0, 0.5, 1.0), warmups: Sequence[float] = (0.0, 0.1)
+    decades: Sequence[float] = (-1.0, -0.5, -0.25, 0.0, 0.5),
+    warmups: Sequence[float] = (0.0, 0.1),
+    heads: Sequence[float] = (1.0, 10.0),
 ) -> tuple[Fixed, ...]:
-    """Candidates for the best fixed setting: relative rates x the three shapes x warm-ups."""
+    """Candidates for the best fixed setting: relative rates x shapes x warm-ups x head's rates."""
     return tuple(
-        Fixed(Knobs(10.0**u, shape, warmup), True, f"fixed {10.0**u:.3g} {shape} {warmup:g}")
-        for u, shape, warmup in product(decades, SHAPES, warmups)
+        Fixed(
+            Knobs(10.0**u, shape, warmup, head_rate=head),
+            True,
+            f"fixed {10.0**u:.3g} {shape} {warmup:g} head {head:g}",
+        )
+        for u, shape, warmup, head in product(decades, SHAPES, warmups, heads)
     )
 
 

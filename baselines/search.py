@@ -13,7 +13,8 @@ import optuna
 from baselines.method import Arena, Point, finish
 from baselines.schedules import reference
 from envs.errors import BadInput, UnknownName
-from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Shape, reference_rate
+from envs.head import HEADED
+from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Shape, exchange
 from envs.task import Task
 
 Sampler = Literal["random", "tpe", "tpe-independent", "gp", "cmaes"]
@@ -21,6 +22,7 @@ Pruner = Literal["hyperband"]
 
 WORST = 0.0  # of any metric: what a diverged trial scores
 NO_DECAY = 1e-4  # a weight decay drawn below this is none
+HEAD = (0.3, 30.0)  # what the rate of a new head may be multiplied by
 KNOTS = 4  # of a schedule that is searched for
 LOWEST, HIGHEST = 0.03, 3.0  # what a knot may multiply the drawn rate by
 
@@ -30,7 +32,8 @@ class Search:
     """Optuna over at least the reach of the tuner, until the budget is spent.
 
     Space: rate, log-uniform within ``decades`` either way of ``center``; shape of the schedule;
-    warm-up, 0 to 0.2 of the steps; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none
+    warm-up, 0 to 0.2 of the steps; a new head's rate, log-uniform from 0.3 to 30 times that of
+    the other weights; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none
     (a quarter of the draws; one flat dimension, as a conditional one would turn multivariate
     TPE, GP and CMA-ES into random search); optimizer. The rate is AdamW's: for SGD and RMSprop
     it is scaled by the ratio of their `reference_rate` to AdamW's, so that the rate's dimension
@@ -83,7 +86,7 @@ class Search:
         study = self._study(arena)
         while True:
             trial = study.ask()
-            knobs, multipliers = draw(trial, center, self.decades, arena.task.adapter, self.knots)
+            knobs, multipliers = draw(trial, center, self.decades, arena.task, self.knots)
             ended = finish(
                 arena,
                 arena.open(knobs),
@@ -126,7 +129,7 @@ def _sampler(name: Sampler, seed: int) -> Any:
 
 
 def draw(
-    trial: Any, center: float, decades: float, adapter: str, knots: int
+    trial: Any, center: float, decades: float, task: Task, knots: int
 ) -> tuple[Knobs, tuple[float, ...]]:
     """A trial's settings, and its knots if there are any; ``trial`` suggests as Optuna's do."""
     shape: Shape = "constant"
@@ -141,10 +144,11 @@ def draw(
         warmup = trial.suggest_float("warmup", 0.0, 0.2)
     decay = trial.suggest_float("weight_decay", NO_DECAY / 10, 0.1, log=True)
     optimizer = trial.suggest_categorical("optimizer", OPTIMIZERS)
-    rate *= reference_rate(1, optimizer, adapter) / reference_rate(1, "adamw", adapter)
+    rate *= exchange("adamw", optimizer, 1, task.adapter)
+    head = trial.suggest_float("head_rate", *HEAD, log=True) if task.objective in HEADED else None
     knobs = Knobs(
         min(max(rate, RATE_FLOOR), RATE_CEILING), shape, warmup, optimizer,
-        decay if decay >= NO_DECAY else 0.0,
+        decay if decay >= NO_DECAY else 0.0, head_rate=head,
     )  # fmt: skip
     return knobs, multipliers
 

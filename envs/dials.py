@@ -54,10 +54,12 @@ DIALS = {
     "adapter_scale": Dial("times LoRA's own scaling", 0.0, 8.0, floor=0.125, start=1.0),
     "beta": Dial("weight of the KL term or of the preference", 1e-3, 10.0),
     "depth": Dial("uppermost layers in training", 0.0, 100.0, way="plus", start=100.0),
+    "head_rate": Dial("times the rate, of a head without pretraining", 0.1, 100.0, start=1.0),
 }
 
 _ON, _SWITCHABLE = "if it is on", "if it is a SwitchableOptimizer"
 _OPENED = "if the run was opened with it"
+_NEW = "if the policy opens or turns it, and the head is new"
 _GIVEN = "if ``trainer=`` is given and has one"
 REACH: dict[str, dict[str, str]] = {
     name: dict(
@@ -74,6 +76,7 @@ REACH: dict[str, dict[str, str]] = {
         "adapter_scale": (f"LoRA, {_OPENED}", "", "", "", "", ""),
         "beta": ("", "", "if the Trainer has one", *[_GIVEN] * 3),
         "depth": (_OPENED, "", "", "if the policy turns it", "", ""),
+        "head_rate": (_OPENED, _OPENED, f"a new head, {_OPENED}", *[_NEW] * 2, ""),
     }.items()
 }
 """What turns each knob, and on which condition; empty: not at all.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from envs import optim, probe, workload
 from envs.errors import BadInput
+from envs.head import lifted
 from envs.knobs import Decision, Knobs, factor
 from envs.parts import Parts
 from envs.progress import Context, Progress
@@ -92,6 +93,7 @@ class TorchJob:
         order, head, noise = (int(x) for x in spread(seed, 3))
         self._module = self._load.module(head).to(self._device)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._head = [*self._module.head.parameters()]
         self._sampled = probe.sampled(self._parameters)
         self._order = batches(len(self._load.rows["train"]), task.batch, order)
         self._random = RandomState(noise, self._device)
@@ -149,7 +151,8 @@ class TorchJob:
                     nn.utils.clip_grad_norm_(self._parameters, self._knobs.clip)
                 if not left:
                     self._probe.before(self._sampled)
-                self._optimizer.step()
+                with lifted(self._head, self._knobs.head_rate):
+                    self._optimizer.step()
                 if not left:
                     self._probe.after(self._sampled)
                 self._optimizer.zero_grad()
@@ -201,7 +204,8 @@ class TorchJob:
 
     def _fit(self, knobs: Knobs, now: Knobs) -> Knobs:
         """The knobs that this run can have; its objective has no beta."""
-        return self._parts.fit(knobs, now).having(beta=None)
+        own = now.head_rate if knobs.head_rate is None else knobs.head_rate
+        return self._parts.fit(knobs, now).having(beta=None, head_rate=own)
 
     def _set_mode(self, mode: Literal["train", "eval"]) -> None:
         turn = getattr(self._optimizer, mode, None)

@@ -39,6 +39,7 @@ class Knobs:
     adapter_scale: float | None = None  # times LoRA's own scaling
     beta: float | None = None  # weight of the KL term or of the preference
     depth: int | None = None  # uppermost layers in training; what is below them counts as one
+    head_rate: float | None = None  # times the rate, for a head that came without pretraining
 
     def __post_init__(self) -> None:
         if not (_number(self.rate) and RATE_FLOOR <= self.rate <= RATE_CEILING):
@@ -54,7 +55,8 @@ class Knobs:
             value = getattr(self, name)
             if not (_number(value) and 0 <= value <= top):
                 raise BadInput(f"knobs: {name}: {value!r} is out of range; give 0 to {top:g}")
-        for name, top in (("adapter_scale", 8.0), ("beta", 1e6), ("depth", 1000)):
+        further = (("adapter_scale", 8.0), ("beta", 1e6), ("depth", 1000), ("head_rate", 100.0))
+        for name, top in further:
             value = getattr(self, name)
             whole = name != "depth" or isinstance(value, int)
             if value is not None and not (_number(value) and whole and 0 <= value <= top):
@@ -135,6 +137,7 @@ class Actions:
     Discrete: one action per multiplier, then rollback, then one per optimizer to switch to, then
     one per turn of a further knob: ``("weight_decay", 3.0)`` multiplies it, ``("depth", -1)``
     freezes one layer more. What no action names is left alone.
+    A run is opened with ``opens``, which are turns from where a run without a tuner stands.
     Joint: the same steps, but one choice for each knob at once; see `seats`.
     Continuous, in [-1, 1] each: log10 of the multiplier over ``span``; rollback if above 0.5.
     """
@@ -145,6 +148,7 @@ class Actions:
     optimizers: tuple[Optimizer, ...] = ()
     span: float = 1.0  # decades
     turns: tuple[Turn, ...] = ()
+    opens: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
         if self.view not in ("discrete", "continuous", "joint"):
@@ -171,6 +175,10 @@ class Actions:
             dials.check(each)
         if self.view == "continuous" and self.turns:
             raise BadInput("actions: turns: only the discrete view has them; drop them")
+        for each in self.opens:
+            dials.check(each)
+            if DIALS[each[0]].start is None:
+                raise BadInput(f"actions: opens: no run can be opened with a {each[0]}; drop it")
 
     @property
     def size(self) -> int:
@@ -221,10 +229,7 @@ class Actions:
 
 def plain(actions: Actions) -> dict[str, Any]:
     """The actions for a file or a hash: further knobs are left out where there are none."""
-    found = asdict(actions)
-    if not actions.turns:
-        del found["turns"]
-    return found
+    return {k: v for k, v in asdict(actions).items() if v or k not in ("turns", "opens")}
 
 
 def decode(action: object, actions: Actions) -> Decision:
@@ -326,11 +331,12 @@ def turn(
 
 
 def opened(knobs: Knobs, actions: Actions) -> Knobs:
-    """The knobs to open a run with, so that it has what these actions turn."""
+    """The knobs to open a run with: it has what these actions turn, set as they open it."""
+    steps = {name: None for name, _ in actions.turns} | dict(actions.opens)
     return knobs.having(
         **{
-            name: DIALS[name].start
-            for name, _ in actions.turns
-            if DIALS[name].start is not None and getattr(knobs, name) is None
+            name: start if amount is None else DIALS[name].turned(start, amount)
+            for name, amount in steps.items()
+            if (start := DIALS[name].start) is not None and getattr(knobs, name) is None
         }
     )

@@ -40,6 +40,12 @@ class Layout:
         """A column that is always zero, for padding."""
         return self.width - 1
 
+    @property
+    def head(self) -> list[slice]:
+        """Columns of the head."""
+        return [slice(place.start, place.stop) for name, place in self.places.items()
+                if name.startswith("head.")]  # fmt: skip
+
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """(runs, width) -> the weights by name, (runs, *shape) each, sharing memory."""
         return {name: self.view(rows, name) for name in self.places}

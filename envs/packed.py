@@ -205,7 +205,10 @@ class Pack:
 
     def apply(self, lane: int, knobs: Knobs) -> None:
         """Put settings in force; a new optimizer inherits the old one's moments."""
-        run, old, knobs = self._run(lane), self._run(lane).knobs, _own(knobs)
+        run, old = self._run(lane), self._run(lane).knobs
+        knobs = _own(knobs)
+        if knobs.head_rate is None:
+            knobs = knobs.having(head_rate=old.head_rate)
         changed = (knobs.optimizer, knobs.weight_decay) != (old.optimizer, old.weight_decay)
         if changed and run.age and not self._stack.hand_over(lane, old, knobs, run.age):
             run.age = 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from envs import optim
 from envs.errors import BadInput
+from envs.head import further
 from envs.knobs import Knobs
 from envs.layout import Layout
 from envs.snapshot import Snapshot
@@ -183,6 +184,15 @@ class Stack:
 
     def step(self, turns: Sequence[Turn]) -> None:
         """One optimizer update of each lane; slopes are used up."""
+        lifted = [(turn.lane, place, self.row.weights[turn.lane, place].clone(), times)
+                  for turn in turns if (times := turn.knobs.head_rate) not in (None, 1)
+                  for place in self.layout.head]  # fmt: skip
+        self._step(turns)
+        for lane, place, before, times in lifted:
+            mine = self.row.weights[lane, place]
+            mine.copy_(further(before, mine, times))
+
+    def _step(self, turns: Sequence[Turn]) -> None:
         on_cpu = self.device.type == "cpu"
         for turn in turns:
             columns = turn.reach * self.width if on_cpu else self.table.weights.shape[1]

@@ -24,7 +24,7 @@ from envs.errors import BadInput
 from envs.knobs import OPTIMIZERS, RATE_CEILING, SHAPES, reference_rate
 
 DRAWN = {
-    "rate": OPTIMUM, "shape": "constant", "warmup": 0.0, "weight_decay": NO_DECAY / 2,
+    "rate": OPTIMUM, "shape": "constant", "warmup": 0.0, "weight_decay": NO_DECAY / 2, "head_rate": 1.0,
     "optimizer": "adamw",
 }  # fmt: skip
 INTERVAL = run_cost(TASK) / TASK.decisions
@@ -60,7 +60,7 @@ def test_the_space_is_that_of_search():
     assert space["shape"] == ("choice", SHAPES)
     assert space["warmup"] == ("uniform", 0.0, 0.2)
     assert space["optimizer"] == ("choice", OPTIMIZERS)
-    assert list(space) == ["rate", "shape", "warmup", "weight_decay", "optimizer"]
+    assert list(space) == ["rate", "shape", "warmup", "weight_decay", "optimizer", "head_rate"]
     arena = ended(Search(), Arena(TASK, 0, 1e-3, 5, FakeJob))
     for trial in arena.trials:
         knobs = trial.knobs

@@ -91,7 +91,7 @@ def test_a_relative_rate_moves_with_the_reference_and_the_optimizer():
 
 def test_the_grid_has_different_names_and_settings():
     settings = grid()
-    assert len({s.name for s in settings}) == len({s.knobs for s in settings}) == 30
+    assert len({s.name for s in settings}) == len({s.knobs for s in settings}) == 60
     assert all(s.relative for s in settings)
 
 

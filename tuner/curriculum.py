@@ -86,6 +86,9 @@ class TrainConfig(BaseModel):
     turns: tuple[str, ...] = Field(
         (), description="steps of further knobs, as 'weight_decay x3' or 'depth -1'"
     )
+    opens: tuple[str, ...] = Field(
+        (), description="what runs are opened with, as 'head_rate x10': a new head's own rate"
+    )
     seed: int = Field(0, ge=0, description="seed of everything")
 
     @field_validator("budget")
@@ -124,7 +127,11 @@ class TrainConfig(BaseModel):
         if self.view == "continuous" and self.agent != "ppo":
             raise BadInput(f"train: view: {self.agent} acts discretely; use ppo or discrete")
         return Actions(
-            self.view, self.multipliers, self.rollback, turns=tuple(map(parse, self.turns))
+            self.view,
+            self.multipliers,
+            self.rollback,
+            turns=tuple(map(parse, self.turns)),
+            opens=tuple(map(parse, self.opens)),
         )
 
     def check(self) -> None:

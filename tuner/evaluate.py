@@ -75,12 +75,13 @@ class PolicyMethod:
 
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
-    knobs = opened(Knobs(rate=start), policy.manifest.actions)
+    limits, actions = limits_of(mode), policy.manifest.actions
+    knobs = opened(Knobs(rate=start), actions if limits.opens else replace(actions, opens=()))
     job = arena.open(knobs)
     best, curve, state = Best(), list[Point](), "complete"
     ended = start
     own = tuple(name for name in DIALS if getattr(job.knobs, name) is not None)
-    helm = Helm(policy, replace(limits_of(mode), turns=own), start)
+    helm = Helm(policy, replace(limits, turns=own), start)
     try:
         first = job.evaluate("validation").loss
         history, lowest, snapshot = [report_start(job, first)], first, job.snapshot()

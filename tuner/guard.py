@@ -49,6 +49,7 @@ class Limits:
     rollback: bool = True  # the policy may roll back when it likes
     switch: bool = False  # whoever carries out the rulings can change the optimizer
     turns: tuple[str, ...] = ()  # and these of `envs.dials.DIALS`
+    opens: bool = True  # the run may be opened with what the policy opens runs with
 
 
 CAREFUL = Limits(

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from envs.dials import label
+from envs.dials import DIALS, label
 from envs.errors import BadInput
 from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
 from envs.observe import observe
@@ -39,9 +39,20 @@ class Helm:
         self.policy, self.limits, self.start_rate, self.advise = policy, limits, start_rate, advise
         self.guard = GuardState()
         self._start = start_rate  # in terms of the optimizer in use
-        self._given: tuple[tuple[str, float], ...] = ()  # the user's settings of dials turned since
+        self._given = self._opening  # the user's settings of dials turned since
         self._own: Optimizer | None = None  # the user's, while another is in use
         self.audit = Audit(Path(log)) if log is not None else None
+
+    @property
+    def _opening(self) -> tuple[tuple[str, float], ...]:
+        """The user's settings of the dials that the run was opened with otherwise."""
+        if not self.limits.opens:
+            return ()
+        return tuple(
+            (name, start)
+            for name, _ in self.policy.manifest.actions.opens
+            if name in self.limits.turns and (start := DIALS[name].start) is not None
+        )
 
     @property
     def start_now(self) -> float:
@@ -56,7 +67,7 @@ class Helm:
     def start(self) -> None:
         """Begin a new run: nothing remembered, a new log."""
         self.guard = GuardState()
-        self._start, self._given, self._own = self.start_rate, (), None
+        self._start, self._given, self._own = self.start_rate, self._opening, None
         if self.audit is not None:
             self.audit.start()
 

@@ -1,0 +1,65 @@
+"""Head: the weights that came without pretraining, and a rate of their own."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HEADED = ("classification", "regression", "tokens", "reward")  # objectives whose models get one
+LIKE = 0.2  # how far a head's deviation may be from what it is drawn with, as a share
+
+
+@contextmanager
+def lifted(parameters: Sequence[nn.Parameter], times: float | None) -> Iterator[None]:
+    """An update inside moves these weights so many times as far: as if their rate were that.
+
+    The same as a parameter group of their own for all optimizers whose step is proportional to the
+    rate, AdamW's decoupled weight decay included, but nothing that a checkpoint would have to keep.
+    """
+    if times is None or times == 1:
+        yield
+        return
+    before = [parameter.detach().clone() for parameter in parameters]
+    yield
+    with torch.no_grad():
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(further(old, parameter, times))
+
+
+def further(before: Tensor, after: Tensor, times: float) -> Tensor:
+    """``times`` the way from one tensor to another."""
+    return torch.lerp(before, after, times)
+
+
+def head_of(model: Any) -> list[nn.Parameter]:
+    """What of a transformers model lies outside its pretrained part and is in training.
+
+    None of a model that writes: what it puts out words with is pretrained as well.
+    """
+    inner = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    prefix = getattr(inner, "base_model_prefix", "")
+    base = getattr(inner, prefix, None) if prefix else None
+    writes = getattr(inner, "get_output_embeddings", lambda: None)() is not None
+    if not isinstance(base, nn.Module) or base is inner or writes:
+        return []
+    within = {id(parameter) for parameter in base.parameters()}
+    return [p for p in inner.parameters() if p.requires_grad and id(p) not in within]
+
+
+def is_new(model: Any, head: Sequence[nn.Parameter]) -> bool:
+    """Whether a head looks as transformers draws one: a trained one needs no rate of its own.
+
+    Its biases are 0, and its matrices have the deviation that the configuration names.
+    """
+    inner = getattr(model, "module", model)
+    drawn = getattr(getattr(inner, "config", None), "initializer_range", None)
+    if not head or not isinstance(drawn, float):
+        return False
+    with torch.no_grad():
+        return all(
+            abs(float(p.float().std()) / drawn - 1) < LIKE if p.ndim > 1 else not p.any()
+            for p in head
+        )

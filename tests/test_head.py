@@ -1,0 +1,152 @@
+"""The head's own rate: the same as a parameter group, in a plain run and in a pack."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+)
+
+from baselines.schedules import grid
+from baselines.search import HEAD, draw
+from envs.dials import parse
+from envs.errors import BadInput
+from envs.hardware import Plan
+from envs.head import head_of, is_new
+from envs.job import TorchJob
+from envs.knobs import Actions, Knobs, opened, plain
+from envs.lockstep import Lockstep, PackedJob
+
+KINDS = ("adamw", "sgd", "rmsprop")
+X10 = Actions(opens=(parse("head_rate x10"),))
+
+
+def grouped(parameters, knobs):
+    """An optimizer whose head, the last two weights, has ten times the rate."""
+    groups = [
+        {"params": part, "lr": rate, "weight_decay": 0.0}
+        for part, rate in ((parameters[:-2], knobs.rate), (parameters[-2:], 10 * knobs.rate))
+    ]
+    kinds = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+    more = {"alpha": 0.99} if knobs.optimizer == "rmsprop" else {}
+    if knobs.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return kinds[knobs.optimizer](groups, **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lifted_head_moves_as_a_parameter_group_of_its_own(tiny_task, kind):
+    knobs = Knobs(1e-3, "constant", optimizer=kind, head_rate=10.0)
+    job = TorchJob(tiny_task(), 3, knobs)
+    other = TorchJob(tiny_task(), 3, knobs.having(head_rate=None))
+    other._optimizer = grouped(other._parameters, knobs)
+    assert [p.shape for p in other._parameters[-2:]] == [p.shape for p in job._head]
+
+    groups = other._optimizer.param_groups  # the loop sets one rate for all: undo it
+    other._optimizer.register_step_pre_hook(lambda *_: groups[1].update(lr=10 * groups[0]["lr"]))
+    assert job.advance(6).losses == pytest.approx(other.advance(6).losses, rel=1e-5)
+    for mine, its in zip(job._head, other._parameters[-2:], strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+    plainly = TorchJob(tiny_task(), 3, knobs.having(head_rate=None))
+    plainly.advance(6)
+    assert not torch.allclose(plainly._head[0], job._head[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_lifts_the_heads_of_those_runs_that_ask_for_it(tiny_task, kind):
+    lockstep = Lockstep(Plan("cpu", 2))
+    for head in (10.0, None, 0.5):
+        knobs = Knobs(1e-2, optimizer=kind, weight_decay=0.1, head_rate=head)
+        jobs = [make(tiny_task(), 3, knobs) for make in (TorchJob, lockstep.open)]
+        assert isinstance(jobs[1], PackedJob)
+        assert jobs[0].knobs == jobs[1].knobs
+        for job in jobs:
+            job.advance(3)
+            job.apply(Knobs(5e-3, optimizer=kind, weight_decay=0.1))  # says nothing of the head
+            job.advance(3)
+        assert jobs[0].knobs.head_rate == jobs[1].knobs.head_rate == head
+        scores = [job.evaluate("validation").loss for job in jobs]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_a_head_at_its_own_rate_is_the_plain_run_bit_for_bit(tiny_task):
+    jobs = [TorchJob(tiny_task(), 3, Knobs(1e-2, head_rate=head)) for head in (None, 1.0)]
+    assert jobs[0].advance(4).losses == jobs[1].advance(4).losses
+
+
+def test_a_run_is_opened_with_what_the_actions_say():
+    assert opened(Knobs(), X10) == Knobs(head_rate=10.0)
+    assert opened(Knobs(head_rate=3.0), X10) == Knobs(head_rate=3.0)
+    assert opened(Knobs(), Actions()) == Knobs()
+    assert plain(X10)["opens"] == (("head_rate", 10.0),)
+    assert "opens" not in plain(Actions())
+    with pytest.raises(BadInput, match="no run can be opened with a clip"):
+        Actions(opens=(("clip", 2.0),))
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50,
+        "intermediate_size": 32}  # fmt: skip
+GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50}
+
+
+def test_a_classifier_has_a_new_head_until_it_is_trained():
+    model = AutoModelForSequenceClassification.from_config(BertConfig(**BERT, num_labels=5))
+    head = head_of(model)
+    assert {id(p) for p in head} == {id(p) for p in model.classifier.parameters()}
+    assert is_new(model, head)
+    with torch.no_grad():
+        model.classifier.bias[0] = 0.1
+    assert not is_new(model, head)
+    model.classifier.requires_grad_(False)
+    assert head_of(model) == []
+    assert not is_new(model, [])
+
+
+def test_a_reward_model_has_a_head_and_a_language_model_none():
+    config = GPT2Config(**GPT, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert [p.shape for p in head_of(model)] == [(1, 32)]
+    assert head_of(AutoModelForCausalLM.from_config(GPT2Config(**GPT))) == []
+    assert head_of(torch.nn.Linear(2, 2)) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_under_lora_the_head_is_what_is_saved_with_it():
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForSequenceClassification.from_config(BertConfig(**BERT, num_labels=5))
+    tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    head = head_of(tuned)
+    assert sorted(tuple(p.shape) for p in head) == [(5,), (5, 32)]
+    assert is_new(tuned, head)
+
+
+class Asked:
+    """An Optuna trial that writes down what it is asked, and gives the lowest."""
+
+    def __init__(self):
+        self.known = {}
+
+    def suggest_float(self, name, low, high, *, log=False):
+        self.known[name] = (low, high)
+        return low
+
+    def suggest_categorical(self, name, choices):
+        self.known[name] = choices
+        return choices[0]
+
+
+def test_searchers_and_the_best_fixed_setting_reach_it_too(tiny_task):
+    asked = Asked()
+    knobs, _ = draw(asked, 1e-3, 1.0, tiny_task(), 0)
+    assert asked.known["head_rate"] == HEAD == (0.3, 30.0)
+    assert knobs.head_rate == 0.3
+    writes = Asked()
+    knobs, _ = draw(writes, 1e-3, 1.0, replace(tiny_task(), objective="causal"), 0)
+    assert "head_rate" not in writes.known
+    assert knobs.head_rate is None
+    assert {each.knobs.head_rate for each in grid()} == {1.0, 10.0}
