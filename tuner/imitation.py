@@ -1,11 +1,14 @@
 """Imitation: what the best recorded schedule would do, shown to a network before it learns itself.
 
 On the training tasks one rate, relative to the rule of thumb for the model's size, is about as good
-as each job's own best (`benchmarks/headroom.py`). The teacher goes there at once, from wherever the
-user started, and stays; a rate that is as good within a point or so it leaves alone. It is shown
+as each job's own best (`benchmarks/headroom.py`); where a new head has a rate of its own, a lower
+one. The teacher goes there at once, from wherever the user started, and stays; a rate that is as
+good within half a point it leaves alone. It is shown
 on simulated runs, on states that it and random actions lead to (as in DAgger, Ross et al. 2011), so
 that a network also learns the way back.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +18,17 @@ from envs.knobs import Actions
 from envs.surrogate import SurrogateVectorEnv
 from tuner.policy import PLACES
 
-BEST = -0.12  # decades from the reference rate, with all weights and with LoRA
-GOOD = (-0.25, 0.05)  # where nothing is to be won by a change
+
+class Aim(NamedTuple):
+    """Decades from the reference rate, with all weights and with LoRA."""
+
+    best: float
+    low: float  # from here to `high` nothing is to be won by a change
+    high: float
+
+
+PLAIN = Aim(-0.12, -0.25, 0.05)
+LIFTED = Aim(-0.25, -0.42, -0.05)  # where the head's rate is a multiple
 STRAY = 0.3  # share of decisions that are random
 RUNS, EPISODES = 512, 4
 
@@ -24,15 +36,16 @@ RUNS, EPISODES = 512, 4
 def teacher(observations: NDArray[np.float32], actions: Actions) -> NDArray[np.int64]:
     """(n, features) raw -> (n,) discrete actions.
 
-    *Keep* where the rate is `GOOD`, else what leads nearest to `BEST`. A rate further than
+    *Keep* where the rate is good, else what leads nearest to the best. A rate further than
     `EXPLORE` from the start cannot be reached.
     """
+    aim = LIFTED if "head_rate" in dict(actions.opens) else PLAIN
     rate = observations[:, PLACES["rate_vs_reference"]]
     moved, reach = observations[:, PLACES["rate_vs_start"]], np.log10(EXPLORE)
-    wish = np.clip(BEST - rate, -reach - moved, reach - moved)
+    wish = np.clip(aim.best - rate, -reach - moved, reach - moved)
     steps = np.log10(np.array(actions.multipliers))
     nearest = np.abs(wish[:, None] - steps).argmin(1)
-    good = (rate >= GOOD[0]) & (rate <= GOOD[1])
+    good = (rate >= aim.low) & (rate <= aim.high)
     return np.asarray(np.where(good, actions.keep, nearest), dtype=np.int64)
 
 
