@@ -44,10 +44,12 @@ def test_the_tables_name_all_there_is():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_trainer_of_an_objective_is_the_one_named(objective, task_of):  # noqa: F811
-    made = objectives.prepare(task_of(objective), 0, Knobs()).trainer
+    setup = objectives.prepare(task_of(objective), 0, Knobs())
+    made = setup.trainer
     card = objectives.CARDS[objective]
     assert type(made).__name__ == card.trainer
     assert type(made).__module__.split(".")[0] == card.library
+    assert (setup.marks is not None) == bool(card.marks)
 
 
 def reached(place):
