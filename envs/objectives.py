@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from envs import alignment, supervised
+from envs import preferences, supervised, writing
 from envs.errors import lookup
 from envs.examples import Data, load
 from envs.knobs import Knobs
@@ -53,11 +53,11 @@ MAKERS: Mapping[str, Callable[[Task, int, Knobs], Setup]] = {
     "causal": supervised.causal,
     "translation": supervised.translation,
     "headlines": supervised.headlines,
-    "reward": alignment.reward,
-    "dpo": alignment.dpo,
-    "kto": alignment.kto,
-    "sft": alignment.sft,
-    "grpo": alignment.grpo,
+    "reward": preferences.reward,
+    "dpo": preferences.dpo,
+    "kto": preferences.kto,
+    "sft": writing.sft,
+    "grpo": writing.grpo,
 }
 
 
