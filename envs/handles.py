@@ -17,15 +17,16 @@ KINDS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}  # of others,
 class Handles:
     """What a callback can set: weight decay, clipping, depth, and a `SwitchableOptimizer`'s kind.
 
-    Beta too, where the Trainer is given and has one. Not LoRA's scaling, which a Trainer's
-    checkpoint does not keep.
+    Beta too, where the Trainer is given and has one, and LoRA's scaling, but not in shards, nor
+    where the run ends with the weights of another step: their scaling would not be known.
     """
 
     def __init__(
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
         *, trainer: Any = None, decays: list[float] | None = None, kind: str = "",
+        scales: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """actions: the policy's. decays, kind: the user's, where a checkpoint has brought others.
+        """actions: the policy's. decays, kind, scales: the user's, where a checkpoint has others.
 
         In several processes layers stay as they are: each waits for the gradients of all.
         """
@@ -43,20 +44,25 @@ class Handles:
         ]
         clip = float(args.max_grad_norm or 0.0)
         self.kind = kind or kind_of(optimizer)
-        self._parts = Parts(model)
-        wish = opened(Knobs(rate=rate), actions)
-        depth = None if args.world_size > 1 else self._parts.fit(wish, Knobs()).depth
+        self._parts = Parts(model, scales)
+        self.scales = self._parts.scales
+        wish = self._parts.fit(opened(Knobs(rate=rate), actions), Knobs())
+        depth = None if args.world_size > 1 else wish.depth
+        again = getattr(args, "load_best_model_at_end", False) or getattr(args, "fsdp", None)
+        scale = None if again else wish.adapter_scale
         self.given = Knobs(
             rate=rate,
             optimizer=cast(Optimizer, self.kind),
             weight_decay=min(max(largest, 0.0), 1.0),
             clip=min(max(clip, 0.0), 1e6),
+            adapter_scale=scale,
             beta=beta_of(trainer),
             depth=depth,
         )
         can = {
             "weight_decay": any(self._shares) and 0 <= largest <= 1,
             "clip": 0 < clip <= 1e6,
+            "adapter_scale": scale is not None,
             "beta": self.given.beta is not None,
             "depth": depth is not None,
         }
@@ -79,17 +85,22 @@ class Handles:
 
     def numbers(self, knobs: Knobs) -> tuple[float, ...]:
         """The settings beyond the rate as numbers, for other processes; NaN stands for None."""
-        known = (math.nan if value is None else value for value in (knobs.beta, knobs.depth))
+        known = (
+            math.nan if value is None else value
+            for value in (knobs.beta, knobs.depth, knobs.adapter_scale)
+        )
         return OPTIMIZERS.index(knobs.optimizer), knobs.weight_decay, knobs.clip, *known
 
     def knobs(
-        self, rate: float, kind: float, decay: float, clip: float, beta: float, depth: float
-    ) -> Knobs:
+        self, rate: float, kind: float, decay: float, clip: float, beta: float, depth: float,
+        scale: float,
+    ) -> Knobs:  # fmt: skip
         """What `numbers` was made of, and a rate."""
         return replace(
             self.given, rate=rate, optimizer=OPTIMIZERS[int(kind)], weight_decay=decay, clip=clip,
             beta=None if math.isnan(beta) else beta,
             depth=None if math.isnan(depth) else int(depth),
+            adapter_scale=None if math.isnan(scale) else scale,
         )  # fmt: skip
 
     def put(self, knobs: Knobs, before: Knobs) -> None:
@@ -106,12 +117,19 @@ class Handles:
             self._args.max_grad_norm = knobs.clip
         if knobs.beta is not None and knobs.beta != before.beta:
             self._trainer.beta = knobs.beta
-        if knobs.depth != before.depth:
-            self._parts.put(replace(knobs, adapter_scale=None))
+        for name in ("depth", "adapter_scale"):
+            if (value := getattr(knobs, name)) != getattr(before, name):
+                self._parts.put(Knobs().having(**{name: value}))
+
+    def settle(self, scale: float | None) -> None:
+        """Give LoRA's scaling back, with what the adapters add as it is under ``scale``."""
+        if scale not in (None, 1.0):
+            self._parts.settle(scale)
 
     def leave(self, knobs: Knobs) -> None:
         """The run is over: the arguments and what is trainable are as they were found."""
         given = self.given
+        self.settle(knobs.adapter_scale)
         self.put(replace(knobs, clip=given.clip, beta=given.beta, depth=given.depth), knobs)
 
 

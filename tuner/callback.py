@@ -71,8 +71,10 @@ class TunerCallback(TrainerCallback, ExportableState):
     loss, and validation losses on the Trainer's own evaluation data. Where there is a reward (GRPO,
     RLOO) the loss is no measure: the cost is one less the logged reward.
 
-    A policy that was trained to may also turn weight decay, clipping and the number of layers in
-    training, and change the optimizer if it is a `envs.switchable.SwitchableOptimizer`.
+    A policy that was trained to may also turn weight decay, clipping, LoRA's scaling and the number
+    of layers in training, and change the optimizer if it is a
+    `envs.switchable.SwitchableOptimizer`. At the end, or when it is off, LoRA's scaling is the
+    user's again, and its weights are such that the model is the one that was trained.
 
     Arguments:
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
@@ -143,7 +145,9 @@ class TunerCallback(TrainerCallback, ExportableState):
             self._hooks.close()
             if self._saved and not self._advise:  # the tuner's settings among it
                 given = self._handles.given
-                self._handles.put(given, checkpoint.knobs_of(self._saved, given))
+                then = checkpoint.knobs_of(self._saved, given)
+                self._handles.settle(then.adapter_scale)
+                self._handles.put(given, then)
                 self._rates.put(self._rates.start)
         elif self._saved:
             self._agree(args, state, control)

@@ -38,11 +38,12 @@ def kept_of(crew: Crew) -> dict[str, Any]:
         "base_rates": crew.rates.base,
         "rate": crew.knobs.rate,
         "knobs": asdict(crew.knobs),
-        "user": {"decays": handles.decays, "kind": handles.kind},
+        "user": {"decays": handles.decays, "kind": handles.kind, "scales": handles.scales},
         "helm": crew.helm.state(),
         "book": crew.book.to_json(),
         "losses": sight.eyes.fetch(),
         "kept": crew.snapshot is not None,
+        "kept_scale": crew.scale,
         "own_evaluation": sight.own,
         "total": crew.context.total,
         "bounded": sight.gauge.bounded,
@@ -69,6 +70,7 @@ def resume(crew: Crew, saved: dict[str, Any], folder: Path, step: int) -> None:
     sight.gauge = Gauge(saved.get("bounded"))
     if saved.get("dropped"):
         sight.drop()
+    crew.scale = saved.get("kept_scale")
     gradient, crew.snapshot = read_weights(_weights(crew, folder), step, sight.eyes)
     sight.eyes.last_gradient = gradient
     if gradient is not None:
@@ -87,6 +89,7 @@ def agree(crew: Crew, saved: dict[str, Any], folder: Path) -> None:
         if saved["kept"]:
             logger.warning("%s: the best weights are not there: these take their place", folder)
             crew.snapshot = remember(crew.sight.eyes.parameters)
+            crew.scale = crew.knobs.adapter_scale
 
 
 def write(crew: Crew, folder: Path, step: int) -> None:

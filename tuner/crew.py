@@ -33,6 +33,7 @@ class Crew:
         self.context, self.knobs = context, handles.given
         self.book = Logbook(next=step)
         self.snapshot: Snapshot | None = None  # the best weights
+        self.scale: float | None = None  # that the adapter had with them
         self.failure: Exception | None = None  # of this process; all leave at the next decision
         self.done = False  # nothing is decided any more
         self.rank, self.many = rank(), world() > 1
@@ -84,11 +85,16 @@ class Crew:
         eyes.losses, book.report = [], None
         book.last, book.next = step, (step // self._interval + 1) * self._interval
         if not self.helm.advise:
+            scale = self.knobs.adapter_scale
             if order.keep:
                 self.snapshot = remember(eyes.parameters, into=self.snapshot)
+                self.scale = scale
             if order.rollback and self.snapshot is not None:
                 recall(self.snapshot, eyes.parameters, self._optimizer)
                 eyes.reshard()
+                scale = self.scale
+            if order.off:
+                self.handles.settle(scale)
             if knobs != self.knobs:
                 self.turn(knobs)
         if order.off:
@@ -107,6 +113,7 @@ class Crew:
         try:
             self.helm.fail(error, step)
             if not self.helm.advise:
+                self.handles.settle(self.knobs.adapter_scale)
                 self.turn(self.handles.given)
         finally:
             self.leave()
@@ -140,5 +147,8 @@ class Crew:
         warming = self.rates.warming
         ruling = self.helm.decide(book.history, self.context, self.knobs, warming=warming)
         book.applied = ruling.decision
-        knobs = self.handles.fit(ruling.turn(self.knobs, self.context))
+        now = self.knobs
+        if ruling.decision.rollback and self.snapshot is not None and not keep:
+            now = now.having(adapter_scale=self.scale)  # weights come back with theirs
+        knobs = self.handles.fit(ruling.turn(now, self.context))
         return Order(knobs.rate, ruling.decision.rollback, ruling.off, keep), knobs
