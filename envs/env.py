@@ -204,7 +204,9 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         )
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)
-        knobs = opened(Knobs(rate=rate, optimizer=optimizer, shape=shape), self.actions)
+        knobs = opened(
+            Knobs(rate=rate, optimizer=optimizer, shape=shape), self.actions, task.adapter
+        )
         return task, knobs, int(rng.integers(2**31))
 
     def _relative(self, task: Task) -> Task:

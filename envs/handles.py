@@ -6,8 +6,10 @@ from typing import Any, cast
 
 from torch import nn
 
+from envs.dials import DIALS
 from envs.errors import BadInput
-from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened
+from envs.head import Lift, head_of, is_new
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened, opening
 from envs.parts import Parts
 from envs.switchable import SwitchableOptimizer
 
@@ -17,15 +19,19 @@ KINDS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}  # of others,
 class Handles:
     """What a callback can set: weight decay, clipping, depth, and a `SwitchableOptimizer`'s kind.
 
-    Beta too, where the Trainer is given and has one. Not LoRA's scaling, which a Trainer's
-    checkpoint does not keep.
+    Beta too, where the Trainer is given and has one, and LoRA's scaling, but not in shards, nor
+    where the run ends with the weights of another step: their scaling would not be known. A new
+    head's rate, where the user gave all weights one rate, but not in shards.
     """
 
     def __init__(
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
         *, trainer: Any = None, decays: list[float] | None = None, kind: str = "",
+        scales: list[float] | None = None, headed: bool | None = None,
     ) -> None:  # fmt: skip
-        """actions: the policy's. decays, kind: the user's, where a checkpoint has brought others.
+        """actions: the policy's. decays, kind, scales: the user's, where a checkpoint has others.
+
+        headed: whether there was a new head when the run that is taken up began.
 
         In several processes layers stay as they are: each waits for the gradients of all.
         """
@@ -43,24 +49,42 @@ class Handles:
         ]
         clip = float(args.max_grad_norm or 0.0)
         self.kind = kind or kind_of(optimizer)
-        self._parts = Parts(model)
-        wish = opened(Knobs(rate=rate), actions)
-        depth = None if args.world_size > 1 else self._parts.fit(wish, Knobs()).depth
+        self._parts = Parts(model, scales)
+        self.scales = self._parts.scales
+        wish = self._parts.fit(opened(Knobs(rate=rate), actions), Knobs())
+        depth = None if args.world_size > 1 else wish.depth
+        again = getattr(args, "load_best_model_at_end", False) or getattr(args, "fsdp", None)
+        scale = None if again else wish.adapter_scale
+        self._lift = Lift([] if getattr(args, "fsdp", None) else head_of(model), inner)
+        self.headed = is_new(model, self._lift.parameters) if headed is None else headed
+        head = wish.head_rate is not None and self.headed and self._lift.able
         self.given = Knobs(
             rate=rate,
             optimizer=cast(Optimizer, self.kind),
             weight_decay=min(max(largest, 0.0), 1.0),
             clip=min(max(clip, 0.0), 1e6),
+            adapter_scale=scale,
             beta=beta_of(trainer),
             depth=depth,
+            head_rate=1.0 if head else None,
         )
         can = {
             "weight_decay": any(self._shares) and 0 <= largest <= 1,
             "clip": 0 < clip <= 1e6,
+            "adapter_scale": scale is not None,
             "beta": self.given.beta is not None,
             "depth": depth is not None,
+            "head_rate": head,
         }
         self.dials = tuple(name for name, able in can.items() if able)
+        adapter = "lora" if self._parts.scales else "full"
+        self.opening = self.given.having(
+            **{
+                name: DIALS[name].turned(getattr(self.given, name), amount)
+                for name, amount in opening(actions, adapter).items()
+                if name in self.dials
+            }
+        )
 
     @property
     def switch(self) -> bool:
@@ -79,17 +103,23 @@ class Handles:
 
     def numbers(self, knobs: Knobs) -> tuple[float, ...]:
         """The settings beyond the rate as numbers, for other processes; NaN stands for None."""
-        known = (math.nan if value is None else value for value in (knobs.beta, knobs.depth))
+        known = (
+            math.nan if value is None else value
+            for value in (knobs.beta, knobs.depth, knobs.adapter_scale, knobs.head_rate)
+        )
         return OPTIMIZERS.index(knobs.optimizer), knobs.weight_decay, knobs.clip, *known
 
     def knobs(
-        self, rate: float, kind: float, decay: float, clip: float, beta: float, depth: float
-    ) -> Knobs:
+        self, rate: float, kind: float, decay: float, clip: float, beta: float, depth: float,
+        scale: float, head: float,
+    ) -> Knobs:  # fmt: skip
         """What `numbers` was made of, and a rate."""
         return replace(
             self.given, rate=rate, optimizer=OPTIMIZERS[int(kind)], weight_decay=decay, clip=clip,
             beta=None if math.isnan(beta) else beta,
             depth=None if math.isnan(depth) else int(depth),
+            adapter_scale=None if math.isnan(scale) else scale,
+            head_rate=None if math.isnan(head) else head,
         )  # fmt: skip
 
     def put(self, knobs: Knobs, before: Knobs) -> None:
@@ -106,12 +136,22 @@ class Handles:
             self._args.max_grad_norm = knobs.clip
         if knobs.beta is not None and knobs.beta != before.beta:
             self._trainer.beta = knobs.beta
-        if knobs.depth != before.depth:
-            self._parts.put(replace(knobs, adapter_scale=None))
+        for name in ("depth", "adapter_scale"):
+            if (value := getattr(knobs, name)) != getattr(before, name):
+                self._parts.put(Knobs().having(**{name: value}))
+        if knobs.head_rate is not None and knobs.head_rate != before.head_rate:
+            self._lift.put(knobs.head_rate)
+
+    def settle(self, scale: float | None) -> None:
+        """Give LoRA's scaling back, with what the adapters add as it is under ``scale``."""
+        if scale not in (None, 1.0):
+            self._parts.settle(scale)
 
     def leave(self, knobs: Knobs) -> None:
         """The run is over: the arguments and what is trainable are as they were found."""
         given = self.given
+        self._lift.close()
+        self.settle(knobs.adapter_scale)
         self.put(replace(knobs, clip=given.clip, beta=given.beta, depth=given.depth), knobs)
 
 

@@ -1,7 +1,7 @@
 """Head: the weights that came without pretraining, and a rate of their own."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +26,39 @@ def lifted(parameters: Sequence[nn.Parameter], times: float | None) -> Iterator[
     with torch.no_grad():
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(further(old, parameter, times))
+
+
+class Lift:
+    """The same for an optimizer that another loop calls; its hooks come off with `close`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Any) -> None:
+        self.parameters, self.times = parameters, 1.0
+        self._optimizer, self._hooks, self._inside = optimizer, list[Any](), ExitStack()
+
+    @property
+    def able(self) -> bool:
+        """Whether there is a head, and one rate for all weights, which can be hooked."""
+        rates = {group["lr"] for group in self._optimizer.param_groups}
+        known = isinstance(self._optimizer, torch.optim.Optimizer)
+        return bool(self.parameters) and len(rates) == 1 and known
+
+    def put(self, times: float) -> None:
+        """From the next update on."""
+        self.times = times
+        if times != 1 and not self._hooks:
+            self._hooks = [
+                self._optimizer.register_step_pre_hook(self._before),
+                self._optimizer.register_step_post_hook(lambda *_: self._inside.close()),
+            ]
+
+    def close(self) -> None:
+        """Leave the optimizer as it was found."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, *_: Any) -> None:
+        self._inside.enter_context(lifted(self.parameters, self.times))
 
 
 def further(before: Tensor, after: Tensor, times: float) -> Tensor:

@@ -92,6 +92,7 @@ def factor(knobs: Knobs, step: int, total: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
+LORA = 5.0  # times the rate that all weights take: an adapter's
 PREFERENCES = ("reward", "dpo", "kto")  # objectives that learn from pairs or from verdicts
 
 
@@ -106,7 +107,7 @@ def reference_rate(
     """
     rate = 7e-3 * (max(parameters, 1) / 2e5) ** -0.65
     if adapter == "lora":
-        rate *= 5.0
+        rate *= LORA
     if objective in PREFERENCES:
         rate *= 0.3
     return rate * {"adamw": 1.0, "rmsprop": 0.5, "sgd": 50.0}.get(optimizer, 1.0)
@@ -137,7 +138,7 @@ class Actions:
     Discrete: one action per multiplier, then rollback, then one per optimizer to switch to, then
     one per turn of a further knob: ``("weight_decay", 3.0)`` multiplies it, ``("depth", -1)``
     freezes one layer more. What no action names is left alone.
-    A run is opened with ``opens``, which are turns from where a run without a tuner stands.
+    A run is opened with ``opens``, turns from where a run without a tuner stands: see `opening`.
     Joint: the same steps, but one choice for each knob at once; see `seats`.
     Continuous, in [-1, 1] each: log10 of the multiplier over ``span``; rollback if above 0.5.
     """
@@ -330,9 +331,19 @@ def turn(
     return replace(knobs, rate=rate, optimizer=optimizer).having(**values)
 
 
-def opened(knobs: Knobs, actions: Actions) -> Knobs:
+def opening(actions: Actions, adapter: str) -> dict[str, float]:
+    """What the actions open a run with, by the dial's name.
+
+    A head is trained whole also where the rate is an adapter's, five times that of all weights:
+    its own rate stays where it was.
+    """
+    return {name: amount / LORA if name == "head_rate" and adapter == "lora" else amount
+            for name, amount in actions.opens}  # fmt: skip
+
+
+def opened(knobs: Knobs, actions: Actions, adapter: str = "full") -> Knobs:
     """The knobs to open a run with: it has what these actions turn, set as they open it."""
-    steps = {name: None for name, _ in actions.turns} | dict(actions.opens)
+    steps = {name: None for name, _ in actions.turns} | opening(actions, adapter)
     return knobs.having(
         **{
             name: start if amount is None else DIALS[name].turned(start, amount)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from envs import alignment, supervised
+from envs import preferences, supervised, writing
 from envs.errors import lookup
 from envs.examples import Data, load
 from envs.knobs import Knobs
@@ -24,20 +24,25 @@ class Card:
     library: str  # it is from
     cost: str  # never negative; what the tuner lowers
     metric: str  # higher is better; read on test
+    marks: tuple[str, ...] = ()  # what the field gives the texts it writes, once it is trained
 
 
-_ORDER = "pairs in the right order"
+_ORDER, _LIKELY = "pairs in the right order", "one over perplexity"
 CARDS: Mapping[Objective, Card] = {
     "classification": Card("Trainer", "transformers", "nats a text", "accuracy"),
     "regression": Card("Trainer", "transformers", "squared error, in variances", "R squared"),
     "tokens": Card("Trainer", "transformers", "nats a word", "accuracy of words"),
-    "causal": Card("Trainer", "transformers", "nats a token", "minus perplexity"),
-    "translation": Card("Seq2SeqTrainer", "transformers", "nats a target token", "chrF"),
-    "headlines": Card("Seq2SeqTrainer", "transformers", "nats a title token", "ROUGE-L"),
+    "causal": Card("Trainer", "transformers", "nats a token", _LIKELY, ("chrF", "distinct-2")),
+    "translation": Card(
+        "Seq2SeqTrainer", "transformers", "nats a target token", _LIKELY, ("chrF", "BLEU")
+    ),
+    "headlines": Card(
+        "Seq2SeqTrainer", "transformers", "nats a title token", _LIKELY, ("ROUGE-L",)
+    ),
     "reward": Card("RewardTrainer", "trl", "Bradley-Terry nats a pair", _ORDER),
     "dpo": Card("DPOTrainer", "trl", "DPO nats a pair", _ORDER),
     "kto": Card("KTOTrainer", "trl", "KTO loss, 0 to 1", _ORDER),
-    "sft": Card("SFTTrainer", "trl", "nats a reply token", "minus perplexity"),
+    "sft": Card("SFTTrainer", "trl", "nats a reply token", _LIKELY),
     "grpo": Card("GRPOTrainer", "trl", "1 - mean reward", "mean reward"),
 }
 """Every objective that has a task; the Trainer is the one that `prepare` makes."""
@@ -48,11 +53,11 @@ MAKERS: Mapping[str, Callable[[Task, int, Knobs], Setup]] = {
     "causal": supervised.causal,
     "translation": supervised.translation,
     "headlines": supervised.headlines,
-    "reward": alignment.reward,
-    "dpo": alignment.dpo,
-    "kto": alignment.kto,
-    "sft": alignment.sft,
-    "grpo": alignment.grpo,
+    "reward": preferences.reward,
+    "dpo": preferences.dpo,
+    "kto": preferences.kto,
+    "sft": writing.sft,
+    "grpo": writing.grpo,
 }
 
 

@@ -215,6 +215,13 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def table(rows: list[dict[str, Any]]) -> Any:
+    """Rows as the `datasets.Dataset` that TRL's Trainers want."""
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
 def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (rows, length, vocabulary), labels (rows, length) -> nats, hits, tokens; sums.
 

@@ -18,6 +18,7 @@ from envs import probe
 from envs.errors import BadInput, RunFailed
 from envs.gauge import Gauge
 from envs.handles import Handles, beta_of, kind_of
+from envs.head import head_of, is_new
 from envs.instruments import Eyes, Rates, describe, listen, objective_of
 from envs.job import Score, finite, spread
 from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer
@@ -71,6 +72,8 @@ class TrainerJob:
         self._knobs = in_force(trainer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        if not is_new(self._model, head_of(self._model)):
+            self._knobs = self._knobs.having(head_rate=None)
         if not self._parameters:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
@@ -147,8 +150,9 @@ class TrainerJob:
     def apply(self, knobs: Knobs) -> None:
         """Put the settings in force from the next update on.
 
-        The rate, weight decay and clipping of any Trainer; beta, if it has one; the optimizer, if
-        it is a `envs.switchable.SwitchableOptimizer`. Raises `BadInput` for any other change.
+        The rate, weight decay and clipping of any Trainer; beta, if it has one; the rate of a new
+        head, if the run was opened with one; the optimizer, if it is a
+        `envs.switchable.SwitchableOptimizer`. Raises `BadInput` for any other change.
         """
         own = ["shape", "warmup"]
         if not self._switch:
@@ -159,8 +163,13 @@ class TrainerJob:
                     f"trainer: {name}: is the Trainer's own and cannot be changed in the run; "
                     "leave it as it is"
                 )
-        beta = None if self._knobs.beta is None else knobs.beta or self._knobs.beta
-        self._knobs = knobs.having(beta=beta, adapter_scale=None, depth=None)
+        kept = {
+            name: None
+            if (now := getattr(self._knobs, name)) is None
+            else getattr(knobs, name) or now
+            for name in ("beta", "head_rate")
+        }
+        self._knobs = knobs.having(adapter_scale=None, depth=None, **kept)
 
     def evaluate(self, split: Split) -> Score:
         """Judge the weights on a split as the factory says; training is not affected."""

@@ -31,9 +31,12 @@ class Classifier(nn.Module):
     The signature is the one that transformers' ``Trainer`` calls.
     """
 
+    base_model_prefix = "encoder"  # as transformers' models name their pretrained part
+
     def __init__(self, encoder: nn.Module, head: nn.Linear, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.encoder = encoder
+        self.config = encoder.config
         self.head = head
         self.pooling = pooling
 

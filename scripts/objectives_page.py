@@ -45,11 +45,11 @@ def objectives() -> str:
         native = "and natively" if objective == "classification" else ""
         rows.append(
             [objective, f"`{card.trainer}` ({card.library}) {native}".strip(), card.cost,
-             card.metric, f"`{name}`", f"{task.dataset}, {task.model}",
+             card.metric, ", ".join(card.marks), f"`{name}`", f"{task.dataset}, {task.model}",
              f"[`{objective}.py`](../examples/{objective}.py)"]
         )  # fmt: skip
     head = ["objective", "trainer", "cost, lower is better", "metric on test, higher is better",
-            "task", "its data and model", "example"]  # fmt: skip
+            "marks of what it writes", "task", "its data and model", "example"]  # fmt: skip
     return table(head, rows)
 
 
@@ -113,9 +113,10 @@ test fails when it is stale.
 
 All of them train all weights or LoRA (`adapter: lora`); GRPO's reward is any function from texts to
 numbers from 0 to 1. `steersman apply default --task dpo` runs a task, steered, and
-`gymnasium.make("Steersman/FineTune-v0", task="dpo")` is its environment. Any other transformers or
-TRL Trainer takes the callback, and is an environment by `Steersman/Trainer-v0`
-([`own_trainer_env.py`](../examples/own_trainer_env.py)).
+`gymnasium.make("Steersman/FineTune-v0", task="dpo")` is its environment. Marks (chrF and BLEU from
+0 to 100, the others from 0 to 1) are given by `apply` alone, to the trained model on test. Any
+other transformers or TRL Trainer takes the callback, and is an environment by
+`Steersman/Trainer-v0` ([`own_trainer_env.py`](../examples/own_trainer_env.py)).
 
 A task's `dataset` may be a JSONL file of one's own, with these fields on each line (`scores` is a
 list of numbers from -4 to 4, `words` and `tags` are lists of texts). Classification also takes CSV

@@ -136,3 +136,21 @@ def no_data(patch) -> None:
     patch.setattr("envs.workload.parameters", lambda model: PARAMETERS)
     patch.setattr("baselines.compare.weights_of", lambda model: "1" * 64)
     patch.setattr("baselines.compare.code_version", lambda name: "2" * 64)
+
+
+def overheard(callback, told):
+    """A TunerCallback that notes the losses of each interval and the new validation loss."""
+    begin = callback.on_train_begin
+
+    def on_train_begin(*args, **kwargs):
+        begin(*args, **kwargs)
+        crew, think = callback._crew, callback._crew._think
+
+        def note(step, value):
+            told.append((crew.book.report.losses, value))
+            return think(step, value)
+
+        crew._think = note
+
+    callback.on_train_begin = on_train_begin
+    return callback

@@ -102,7 +102,7 @@ class Break(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step and args.process_index == 1:
-            self.tuner._eyes.error = RuntimeError("no memory here")
+            self.tuner._crew.sight.eyes.error = RuntimeError("no memory here")
 
 
 def outside(outputs, labels, num_items_in_batch=None):
@@ -150,7 +150,7 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
     sharded = any(hasattr(w, "full_tensor") for w in weights)
     weights = [w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for w in weights]
     found = {"rates": look.rates, "seen": np.array(pilot.seen), "weights": weights,
-             "sharded": sharded, "off": tuner._begun and tuner._helm.off,
+             "sharded": sharded, "off": tuner._begun and tuner._crew.helm.off,
              "logs": [x["loss"] for x in trainer.state.log_history if "loss" in x]}  # fmt: skip
     torch.save(found, Path(folder) / f"rank{trainer.args.process_index}-{resume}.pt")
     return found

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
+from fakes import overheard
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     BertConfig,
@@ -24,7 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import tuner.callback
+import tuner.crew
+import tuner.processes
+import tuner.sight
 from envs import shards, workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
@@ -319,14 +322,14 @@ def test_best_weights_that_another_process_lacks_are_lost_to_all(
     """As where each has a disk of its own: they would come back to different weights."""
     args = {"save_strategy": "steps", "save_steps": 15}
     train(task, tmp_path, TunerCallback(Stub(), mode="explore", eval_dataset=own(task)), **args)
-    asked, share = [], tuner.callback.share
+    asked, share = [], tuner.processes.share
 
     def lacking(numbers, device, failed=False):
         asked.append(failed)
         numbers, failed = share(numbers, device, failed)
         return numbers, failed or len(asked) == 2  # the first is whether all could begin
 
-    monkeypatch.setattr(tuner.callback, "share", lacking)
+    monkeypatch.setattr(tuner.processes, "share", lacking)
     policy = Stub(always(ROLLBACK))
     callback = TunerCallback(policy, mode="explore", eval_dataset=own(task))
     resumed = train(task, tmp_path, callback, resume=str(tmp_path / "checkpoint-15"), **args)
@@ -337,15 +340,13 @@ def test_best_weights_that_another_process_lacks_are_lost_to_all(
 
 
 def test_what_was_best_under_another_objective_is_forgotten():
-    callback = TunerCallback(Stub())
-    seen = Progress(0, 2e-3, 1.0, (0.7,), validation=0.1)
-    callback._book, callback._slice = Logbook(history=[seen]), "another objective's"
-    assert callback._book.is_best()
-    assert not callback._book.is_best()
-    callback._drop_slice()
-    callback._book.add(Progress(3, 2e-3, 1.0, (0.6,), age=3))
-    assert callback._book.is_best(after=10)
-    assert Logbook.from_json(callback._book.to_json()) == callback._book
+    book = Logbook(history=[Progress(0, 2e-3, 1.0, (0.7,), validation=0.1)])
+    assert book.is_best()
+    assert not book.is_best()
+    book.forget_validation()
+    book.add(Progress(3, 2e-3, 1.0, (0.6,), age=3))
+    assert book.is_best(after=10)
+    assert Logbook.from_json(book.to_json()) == book
 
 
 def test_another_policy_does_not_take_over(task, tmp_path):
@@ -476,8 +477,8 @@ def test_all_weights_are_read_once_a_decision(
 
         return run
 
-    monkeypatch.setattr(tuner.callback, "finite", noting(tuner.callback.finite, reads))
-    monkeypatch.setattr(tuner.callback, "remember", noting(tuner.callback.remember, copies))
+    monkeypatch.setattr(tuner.sight, "finite", noting(tuner.sight.finite, reads))
+    monkeypatch.setattr(tuner.crew, "remember", noting(tuner.crew.remember, copies))
     callback = TunerCallback(Stub(), mode=mode, eval_dataset=own(task), decisions=decisions)
     train(task, tmp_path, callback, recorder=recorder, lr_scheduler_type="constant")
     assert reads == list(checked)
@@ -536,10 +537,7 @@ def test_accumulated_micro_batches_make_the_losses_of_the_big_batch(task, tmp_pa
     def run(folder, micro, seen, model):
         policy = Stub(by_turns(4, KEEP, 2))
 
-        class Look(TunerCallback):
-            def _think(self, step, value):
-                seen.extend(self._book.report.losses)
-                return super()._think(step, value)
+        told = []
 
         def prepare(trainer):
             if model is not None:
@@ -548,11 +546,13 @@ def test_accumulated_micro_batches_make_the_losses_of_the_big_batch(task, tmp_pa
                     trainer.model = trainer.model_wrapped = model()
                 trainer.model_accepts_loss_kwargs = True
 
+        callback = overheard(TunerCallback(policy, mode="explore"), told)
         train(
-            task, folder, Look(policy, mode="explore"), per_device_train_batch_size=micro,
+            task, folder, callback, per_device_train_batch_size=micro,
             gradient_accumulation_steps=BATCH // micro, before=prepare,
             remove_unused_columns=False,
         )  # fmt: skip
+        seen.extend(loss for losses, _ in told for loss in losses)
         return np.array(policy.seen)
 
     def bert():
@@ -762,11 +762,7 @@ def test_an_encoder_decoder_under_its_own_trainer(tmp_path):
             for _ in range(64)]  # fmt: skip
     told, recorder = [], Recorder()
 
-    class Look(TunerCallback):
-        def _think(self, step, value):
-            told.append((self._book.report.losses, value))
-            return super()._think(step, value)
-
+    callback = TunerCallback(Stub(always(4)), eval_dataset=rows[:16], decisions=4)
     trainer = Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(
@@ -777,7 +773,7 @@ def test_an_encoder_decoder_under_its_own_trainer(tmp_path):
         train_dataset=rows, data_collator=lambda batch: {
             name: torch.tensor([row[name] for row in batch]) for name in batch[0]
         },
-        callbacks=[recorder, Look(Stub(always(4)), eval_dataset=rows[:16], decisions=4)],
+        callbacks=[recorder, overheard(callback, told)],
     )  # fmt: skip
     trainer.loss_is_scaled_for_ga = False  # T5's is not, whatever the Trainer thinks
     trainer.train()

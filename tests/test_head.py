@@ -4,11 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_callback import (
+    KEEP,
+    Stub,
+    equal,
+    task,  # noqa: F401  (a fixture)
+    train,
+    weights,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
+    TrainerCallback,
 )
 
 from baselines.schedules import grid
@@ -20,6 +29,8 @@ from envs.head import head_of, is_new
 from envs.job import TorchJob
 from envs.knobs import Actions, Knobs, opened, plain
 from envs.lockstep import Lockstep, PackedJob
+from tuner.callback import TunerCallback
+from tuner.guard import limits_of
 
 KINDS = ("adamw", "sgd", "rmsprop")
 X10 = Actions(opens=(parse("head_rate x10"),))
@@ -81,6 +92,7 @@ def test_a_head_at_its_own_rate_is_the_plain_run_bit_for_bit(tiny_task):
 def test_a_run_is_opened_with_what_the_actions_say():
     assert opened(Knobs(), X10) == Knobs(head_rate=10.0)
     assert opened(Knobs(head_rate=3.0), X10) == Knobs(head_rate=3.0)
+    assert opened(Knobs(), X10, "lora") == Knobs(head_rate=2.0)  # LoRA's rate is five times higher
     assert opened(Knobs(), Actions()) == Knobs()
     assert plain(X10)["opens"] == (("head_rate", 10.0),)
     assert "opens" not in plain(Actions())
@@ -123,6 +135,79 @@ def test_under_lora_the_head_is_what_is_saved_with_it():
     head = head_of(tuned)
     assert sorted(tuple(p.shape) for p in head) == [(5,), (5, 32)]
     assert is_new(tuned, head)
+
+
+# -- a Trainer ---------------------------------------------------------------------------------
+
+
+def stub(choose=lambda seen: KEEP):
+    policy = Stub(choose)
+    policy.manifest.actions = X10
+    return policy
+
+
+def head_apart(trainer):
+    """What a user would write: a group of its own for the head, with ten times the rate."""
+    model, rate = trainer.model, trainer.args.learning_rate
+    trainer.optimizer = torch.optim.AdamW(
+        [{"params": [*model.encoder.parameters()], "lr": rate},
+         {"params": [*model.head.parameters()], "lr": 10 * rate}],
+        weight_decay=0.0,
+    )  # fmt: skip
+
+
+def losses(trainer):
+    return [loss for loss, _ in trainer.recorder.losses]
+
+
+@pytest.mark.parametrize("mode", ["explore", "careful"])
+def test_the_callback_gives_a_new_head_its_rate_from_the_first_update(task, tmp_path, mode):  # noqa: F811
+    plain = train(task, tmp_path / "plain")
+    apart = train(task, tmp_path / "apart", before=head_apart)
+    steered = train(task, tmp_path / "own", TunerCallback(stub(), mode=mode))
+    wanted = apart if limits_of(mode).opens else plain
+    assert losses(steered) == pytest.approx(losses(wanted), rel=1e-3)
+    assert losses(steered) != pytest.approx(losses(plain if wanted is apart else apart), rel=1e-3)
+    assert not steered.optimizer.optimizer._optimizer_step_pre_hooks
+    assert not steered.optimizer.optimizer._optimizer_step_post_hooks
+
+
+def test_it_only_tells_or_leaves_rates_that_the_user_set_apart(task, tmp_path):  # noqa: F811
+    for before in (None, head_apart):
+        plain = train(task, tmp_path / "plain", before=before)
+        advise = before is None
+        callback = TunerCallback(stub(), mode="explore", advise=advise)
+        steered = train(task, tmp_path / "own", callback, before=before)
+        assert equal(weights(plain), weights(steered))
+
+
+def test_a_tuner_that_is_off_gives_the_heads_rate_back(task, tmp_path):  # noqa: F811
+    def choose(seen):
+        if round(float(seen[0]) * 10) == 4:
+            raise RuntimeError("no idea")
+        return KEEP
+
+    callback = TunerCallback(stub(choose), mode="explore")
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(callback._handles._lift.times)
+
+    train(task, tmp_path, callback, extra=[Look()])
+    assert seen == [10.0] * 12 + [1.0] * 18
+
+
+@pytest.mark.parametrize("save", [15, 16])
+def test_a_resumed_run_keeps_the_heads_rate(task, tmp_path, save):  # noqa: F811
+    more = {"save_strategy": "steps", "save_steps": save, "dropout": 0.1}
+
+    def run(**resumed):
+        return train(task, tmp_path, TunerCallback(stub(), mode="explore"), **more, **resumed)
+
+    whole = run()
+    again = run(resume=str(tmp_path / f"checkpoint-{save}"))
+    assert equal(weights(whole), weights(again))
 
 
 class Asked:

@@ -12,7 +12,7 @@ import tiny
 import torch
 from tokenizers import processors
 
-from envs import alignment, objectives, texts, workload
+from envs import objectives, preferences, texts, workload, writing
 from envs.errors import BadInput, UnknownName
 from envs.examples import FIELDS, KINDS
 from envs.knobs import Knobs
@@ -92,15 +92,15 @@ def _rated(monkeypatch):
     """The lexicon of `kindness`, without fetched data."""
     rows = [texts.Rated("good cat", (4.0, 4.0), "own"), texts.Rated("bad dog", (-4.0,), "own")] * 5
     monkeypatch.setattr(texts, "ratings", lambda: {"train": rows})
-    alignment._lexicon.cache_clear()
+    writing._lexicon.cache_clear()
     yield
-    alignment._lexicon.cache_clear()
+    writing._lexicon.cache_clear()
 
 
 @pytest.fixture
 def _letters(monkeypatch):
     """What pays a random model, which writes no words: the share of early letters."""
-    monkeypatch.setattr(alignment, "kindness", letters)
+    monkeypatch.setattr(writing, "kindness", letters)
 
 
 def letters(completions, **_):
@@ -200,7 +200,7 @@ def loss(setup, task):
     trainer.model.eval()
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     if task.objective == "kto":  # crossed within this batch, not within each of the run's
-        tokenizer, pairs = alignment._pairs(task)
+        tokenizer, pairs = preferences._pairs(task)
         order = [row["prompt"] for row in pairs["train"]]
 
         def place(row):
@@ -278,7 +278,7 @@ def test_a_crossed_answer_is_that_of_another_row(prompts, crossed, decoder):
         {"prompt": f"{prompt} ", "chosen": f"c{i}", "rejected": f"r{i}"}
         for i, prompt in enumerate(prompts)
     ]
-    (batch,) = alignment._Judge(tokenizer, {"test": rows}, 40)._batches("test", "crossed")
+    (batch,) = preferences._Judge(tokenizer, {"test": rows}, 40)._batches("test", "crossed")
     assert tokenizer.batch_decode(batch["input_ids"]) == [f"{pair}<eos>" for pair in crossed]
     answers = [[i for i in row if i != IGNORED] for row in batch["labels"].tolist()]
     assert tokenizer.batch_decode(answers) == [f"{pair[2:]}<eos>" for pair in crossed]
@@ -326,7 +326,7 @@ def test_what_a_model_writes_has_marks(objective, names, task_of):
     """In the fields' own ranges; and a comparison goes by the likelihood, one over perplexity."""
     setup = trained(task_of(objective, steps=2), rate=1e-3)
     marks = setup.marks(setup.trainer, "test")
-    assert set(marks) == names
+    assert set(marks) == names == set(objectives.CARDS[objective].marks)
     assert all(0 <= mark <= 100 for mark in marks.values())
     cost, metric = setup.score(setup.trainer, "test")
     assert metric == pytest.approx(np.exp(-cost))
@@ -365,20 +365,20 @@ def test_a_bad_reward_is_refused_before_the_run(returned, said, task_of):
         return returned(completions)
 
     with pytest.raises(BadInput, match=f"grpo: reward paid: .*{said}"):
-        alignment.grpo(task_of("grpo"), 0, Knobs(), judge=paid)
+        writing.grpo(task_of("grpo"), 0, Knobs(), judge=paid)
 
 
 def test_a_reward_that_turns_bad_ends_the_run(task_of):
     def paid(completions, **_):
         return [0.5] * len(completions) if len(completions) == 2 else [float("inf")]
 
-    setup = alignment.grpo(task_of("grpo"), 0, Knobs(), judge=paid)
+    setup = writing.grpo(task_of("grpo"), 0, Knobs(), judge=paid)
     with pytest.raises(BadInput, match="grpo: reward paid: returned 1 numbers for 8"):
         setup.trainer.train()
 
 
 def test_kindness_is_the_mean_rating_of_the_words():
-    assert alignment.kindness(["Good cat", "bad", "zzz good", ""]) == [1.0, 0.0, 0.75, 0.5]
+    assert writing.kindness(["Good cat", "bad", "zzz good", ""]) == [1.0, 0.0, 0.75, 0.5]
 
 
 def test_a_batch_that_no_group_fills_is_refused(task_of):

@@ -26,7 +26,10 @@ sys.path.append(str(ROOT / "scripts"))
 
 import objectives_page  # noqa: E402
 
-TURNS = Actions(optimizers=("sgd",), turns=(("weight_decay", 3.0), ("clip", 0.3), ("depth", -1.0)))
+TURNS = Actions(
+    optimizers=("sgd",),
+    turns=(("weight_decay", 3.0), ("clip", 0.3), ("depth", -1.0), ("adapter_scale", 2.0)),
+)
 EVERY = Knobs(rate=1e-3, adapter_scale=1.0, beta=0.1, depth=1)
 
 
@@ -44,10 +47,12 @@ def test_the_tables_name_all_there_is():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_trainer_of_an_objective_is_the_one_named(objective, task_of):  # noqa: F811
-    made = objectives.prepare(task_of(objective), 0, Knobs()).trainer
+    setup = objectives.prepare(task_of(objective), 0, Knobs())
+    made = setup.trainer
     card = objectives.CARDS[objective]
     assert type(made).__name__ == card.trainer
     assert type(made).__module__.split(".")[0] == card.library
+    assert (setup.marks is not None) == bool(card.marks)
 
 
 def reached(place):
@@ -76,6 +81,9 @@ def test_a_job_has_the_knobs_that_the_table_says(tiny_task, task_of):  # noqa: F
 def test_the_callback_turns_what_the_table_says(place, processes):
     args = SimpleNamespace(fsdp=place == "FSDP2", max_grad_norm=1.0, world_size=processes)
     net = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)] * 1))
+    adapter = nn.ModuleDict({"own": nn.Linear(2, 2)})
+    net.append(nn.ModuleDict({"lora_A": adapter, "lora_B": adapter}))  # as peft's layers have
+    net[2].scaling = {"own": 2.0}
     switchable = SwitchableOptimizer(net.parameters())
     preference = SimpleNamespace(beta=0.1)
     if REACH["optimizer"][place]:

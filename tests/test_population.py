@@ -24,8 +24,8 @@ from envs.errors import BadInput
 from envs.knobs import OPTIMIZERS, RATE_CEILING, SHAPES, reference_rate
 
 DRAWN = {
-    "rate": OPTIMUM, "shape": "constant", "warmup": 0.0, "weight_decay": NO_DECAY / 2, "head_rate": 1.0,
-    "optimizer": "adamw",
+    "rate": OPTIMUM, "shape": "constant", "warmup": 0.0, "weight_decay": NO_DECAY / 2,
+    "head_rate": 1.0, "optimizer": "adamw",
 }  # fmt: skip
 INTERVAL = run_cost(TASK) / TASK.decisions
 pytest.importorskip("ray")

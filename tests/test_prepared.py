@@ -11,6 +11,7 @@ from envs import objectives
 from envs.knobs import Knobs
 from envs.observe import FEATURES
 from envs.task import OBJECTIVE_TASKS
+from tuner.folder import _steered
 
 pytest.importorskip("trl")
 
@@ -76,3 +77,53 @@ def test_every_objective_is_steered(run, name, task_of, monkeypatch, tmp_path): 
     assert f"test {objectives.CARDS[objective].metric}" in out
     (folder,) = (tmp_path / "out" / "steered").iterdir()
     assert (folder / "audit.jsonl").read_text()
+
+
+def test_marks_are_given_once_and_to_the_trained_model(
+    run, task_of, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    task, given = enough(task_of, "regression"), []
+    real = objectives.prepare
+
+    def prepare(*words):
+        def marks(trainer, split):
+            given.append((split, trainer.state.global_step))
+            return {"style": len(given) + 0.25, "wit": 7.0}
+
+        return replace(real(*words), marks=marks)
+
+    monkeypatch.setitem(OBJECTIVE_TASKS, "ratings", task)
+    monkeypatch.setattr(objectives, "prepare", prepare)
+    words = ("--task", "ratings", *FEW, "--keep", "--out", tmp_path / "out")
+    code, out, err = run("apply", "default", *words)
+    assert code == 0, err
+    assert given == [("test", 12)] * 2
+    lines = out.splitlines()
+    steered = next(at for at, line in enumerate(lines) if line.startswith("steered  "))
+    told = [lines[steered + 1].strip(), lines[steered + 3].strip()]
+    assert told == [f"what it writes on test: style {n}.25, wit 7" for n in (2, 1)]
+    (folder,) = (tmp_path / "out" / "steered").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final"]["marks"] == {"style": 2.25, "wit": 7.0}
+    assert summary["keep"]["final"]["marks"] == {"style": 1.25, "wit": 7.0}
+    (item,) = _steered(folder)
+    assert ("final.style", 2.25, 0) in item.numbers
+    assert run("apply", "default", *words)[1].count("style") == 2  # repeated: nothing anew
+    assert len(given) == 2
+
+
+def test_what_a_translator_writes_is_marked(run, task_of, monkeypatch, tmp_path):  # noqa: F811
+    pytest.importorskip("sacrebleu")
+    task = enough(task_of, "translation")
+    monkeypatch.setitem(OBJECTIVE_TASKS, "verses", task)
+    words = ("--task", "verses", *FEW, "--keep", "--out", tmp_path / "out")
+    code, out, err = run("apply", "default", *words)
+    assert code == 0, err
+    assert (out.count("chrF"), out.count("BLEU")) == (2, 2)
+    (folder,) = (tmp_path / "out" / "steered").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    plain = objectives.prepare(replace(task, interval=1), 0, Knobs(rate=1e-3))
+    plain.trainer.train()
+    kept, steered = summary["keep"]["final"]["marks"], summary["final"]["marks"]
+    assert kept == pytest.approx(plain.marks(plain.trainer, "test"))
+    assert set(steered) == set(objectives.CARDS["translation"].marks)

@@ -27,6 +27,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 import tuner.callback
+import tuner.checkpoint
+import tuner.processes
+import tuner.sight
 from envs import optim
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, UnknownName
@@ -374,9 +377,13 @@ def test_a_resumption_that_fails_leaves_the_users_settings(task, tmp_path, monke
     def elsewhere(numbers, device, failed=False):
         return [*numbers], True
 
-    for place in ("read_weights", "Eyes", "Context", "share"):
+    places = {
+        "read_weights": tuner.checkpoint, "Eyes": tuner.sight, "Context": tuner.callback,
+        "share": tuner.processes,
+    }  # fmt: skip
+    for place, module in places.items():
         with monkeypatch.context() as patch:
-            patch.setattr(tuner.callback, place, elsewhere if place == "share" else fail)
+            patch.setattr(module, place, elsewhere if place == "share" else fail)
             watch = Watch()
             trainer = train(
                 task, tmp_path, TunerCallback(stub(*NAMES), mode="explore"), before=begin,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fakes import overheard
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,7 +31,6 @@ datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL's own
 
 STEPS, EVERY = 8, 2
-Plain = TunerCallback
 PLACE = {feature.name: i for i, feature in enumerate(FEATURES)}
 KEEP, UP = 3, 4
 
@@ -151,15 +151,9 @@ def trainer_of(name, words, folder, **more):
 
 def steer(trainer, given=True, **more):
     """Runs it; what the tuner was told of the losses, interval by interval."""
-
-    class TunerCallback(Plain):  # its name is in checkpoints
-        def _think(self, step, value):
-            told.append((self._book.report.losses, value))
-            return super()._think(step, value)
-
     told, pilot = [], Pilot()
     callback = TunerCallback(pilot, mode="explore", trainer=trainer if given else None, **more)
-    trainer.add_callback(callback)
+    trainer.add_callback(overheard(callback, told))
     trainer.train()
     return told, np.array(pilot.seen)
 

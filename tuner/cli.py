@@ -157,6 +157,9 @@ def apply(
                 f"{run['start']['validation_loss']:.3f} -> {run['final']['validation_loss']:.3f}, "
                 f"{run['seconds']:.0f} s"
             )
+            if marks := run["final"].get("marks"):
+                words = ", ".join(f"{mark} {value:.3g}" for mark, value in marks.items())
+                console.print(f"{'':9}  what it writes on test: {words}")
     console.print(f"what it did and why: steersman explain {policy} --run {summary['folder']}")
 
 

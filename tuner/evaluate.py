@@ -76,7 +76,8 @@ class PolicyMethod:
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
     limits, actions = limits_of(mode), policy.manifest.actions
-    knobs = opened(Knobs(rate=start), actions if limits.opens else replace(actions, opens=()))
+    actions = actions if limits.opens else replace(actions, opens=())
+    knobs = opened(Knobs(rate=start), actions, arena.task.adapter)
     job = arena.open(knobs)
     best, curve, state = Best(), list[Point](), "complete"
     ended = start

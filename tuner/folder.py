@@ -95,7 +95,8 @@ def _steered(folder: Path) -> list[Item]:
             ("multiplier", "rollback", "rate"), row[2:5], strict=True)} for row in decisions],
         "step",
     )  # fmt: skip
-    numbers += [(f"final.{k}", float(v), 0) for k, v in summary.get("final", {}).items()
+    final = dict(summary.get("final", {}))
+    numbers += [(f"final.{k}", float(v), 0) for k, v in (final | final.get("marks", {})).items()
                 if isinstance(v, int | float)]  # fmt: skip
     columns = ("step", "proposed", "multiplier", "rollback", "rate", "guard", "reason")
     files = _files(folder, ["audit.jsonl", "curve.jsonl", "summary.json"])

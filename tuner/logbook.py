@@ -1,6 +1,7 @@
 """The logbook of a steered run: its reports, and where it stands, as plain numbers."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ class Logbook:
     best_step: int = -1
     judged: bool = False  # the best is one of validation losses, not of training losses
 
-    def note(self, metrics: dict[str, float], step: int) -> None:
+    def note(self, metrics: Mapping[str, float], step: int) -> None:
         """An evaluation of the user's: the loss that was there first is the one that counts."""
         losses = [name for name in metrics if name.endswith("_loss")]
         self.key = self.key or ("eval_loss" if "eval_loss" in losses else min(losses, default=""))
@@ -38,6 +39,11 @@ class Logbook:
     def news(self) -> float | None:
         """The user's validation loss, if it is newer than the latest decision."""
         return self.validation if self.validated > self.last or not self.history else None
+
+    def forget_validation(self) -> None:
+        """What was found so far is the loss of another objective."""
+        self.history = [replace(report, validation=math.nan) for report in self.history]
+        self.best, self.best_step, self.judged = math.inf, -1, False
 
     def shown(self, report: Progress, validation: float | None) -> Progress:
         """A report as the policy gets to see it."""

@@ -26,8 +26,9 @@ def run(
 ) -> dict[str, Any]:
     """One run, steered if there is a policy -> its ``model/`` and what it came to.
 
-    The last model is judged on test by the task's own metric. The tuner sees the task's cost on
-    the validation rows, as in a comparison. Nothing is kept to resume from.
+    The last model is judged on test by the task's own metric and, where it writes, by the marks
+    that the field gives its texts. The tuner sees the task's cost on the validation rows, as in a
+    comparison. Nothing is kept to resume from.
     """
     began = time.perf_counter()
     setup = objectives.prepare(task, config.seed, knobs)
@@ -54,11 +55,13 @@ def run(
     set_seed(config.seed)
     start = setup.score(trainer, "validation").loss
     trainer.train()
-    final = {
+    final: dict[str, Any] = {
         "validation_loss": setup.score(trainer, "validation").loss,
         "test": setup.score(trainer, "test").metric,
     }
     trainer.save_model(str(folder / "model"))
+    if setup.marks is not None:
+        final["marks"] = dict(setup.marks(trainer, "test"))
     curve = [
         {"step": row["step"], "train_loss": row["loss"]}
         for row in trainer.state.log_history
