@@ -3,13 +3,11 @@
 import copy
 import functools
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from envs import probe
+from envs.chance import put_back
 from envs.errors import BadInput
 from envs.files import write_atomic
 from envs.knobs import PREFERENCES
@@ -270,17 +269,13 @@ class Slice:
 def _aside(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards modes and random states are what they were."""
     modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with put_back([next(model.parameters()).device]):
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ native loop; a test may put a scripted fake behind the same verbs.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from envs import optim, probe, workload
+from envs.chance import RandomState
 from envs.errors import BadInput
 from envs.head import lifted
 from envs.knobs import Decision, Knobs, factor
@@ -96,7 +96,7 @@ class TorchJob:
         self._head = [*self._module.head.parameters()]
         self._sampled = probe.sampled(self._parameters)
         self._order = batches(len(self._load.rows["train"]), task.batch, order)
-        self._random = RandomState(noise, self._device)
+        self._random = RandomState(noise, [self._device])
         self._probe = probe.Probe()
         self._step = 0
         self._parts = Parts(self._module.encoder)
@@ -239,27 +239,6 @@ def judge(module: nn.Module, rows: workload.Tokens) -> Score:
     module.train(training)
     total, correct = torch.stack([loss, right]).tolist()
     return Score(total / len(rows), correct / len(rows))
-
-
-class RandomState:
-    """The random state of one job: dropout draws from torch's global one, so it is swapped in."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._cuda = [device] if device.type == "cuda" else []
-        devices = [torch.device("cpu"), *self._cuda]
-        self._states = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Torch's global state is the job's inside, and what it was outside."""
-        with torch.random.fork_rng(devices=self._cuda):
-            torch.set_rng_state(self._states[0])
-            for device, state in zip(self._cuda, self._states[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield
-            self._states[0] = torch.get_rng_state()
-            for number, device in enumerate(self._cuda, start=1):
-                self._states[number] = torch.cuda.get_rng_state(device)
 
 
 def finite(parameters: Sequence[Tensor]) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from envs import memory, probe, workload
 from envs.batched import LOWEST, Batch, BatchedModel, fit
+from envs.chance import RandomState
 from envs.errors import BadInput
 from envs.feed import Feed, Order, Rows, Texts, chunks, feed
-from envs.job import RandomState, Score, spread
+from envs.job import Score, spread
 from envs.knobs import Knobs, factor
 from envs.layout import lay_out
 from envs.progress import Context, Progress
@@ -99,7 +100,7 @@ class Pack:
         self._runs: list[_Run | None] = [None] * lanes
         self._texts: WeakValueDictionary[Task, Texts] = WeakValueDictionary()
         self._samples: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._random = RandomState(0, self._device)
+        self._random = RandomState(0, [self._device])
 
     @property
     def lane_bytes(self) -> int:

@@ -1,18 +1,17 @@
 """Setups: what every ready Trainer shares, from its arguments to padded batches."""
 
-import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from envs import workload
+from envs.chance import every, put_back
 from envs.errors import BadInput
 from envs.job import spread
 from envs.knobs import Knobs
@@ -85,17 +84,13 @@ def quiet(seed: int) -> Iterator[None]:
     """
     import datasets
 
-    states = random.getstate(), np.random.get_state()
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    devices = range(torch.cuda.device_count())
     try:
-        with torch.random.fork_rng(devices=devices):
+        with put_back(every()):
             torch.manual_seed(seed)
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
         if shown:
             datasets.enable_progress_bars()
 

@@ -3,18 +3,16 @@
 import functools
 import gc
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import greenlet
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from envs import probe
+from envs.chance import RandomState, every
 from envs.errors import BadInput, RunFailed
 from envs.gauge import Gauge
 from envs.handles import Handles, beta_of, kind_of
@@ -65,7 +63,8 @@ class TrainerJob:
         self.task = task
         self._knobs = knobs or Knobs()
         self._start_rate = self._knobs.rate
-        self._world = _World(*spread(seed, 2))
+        mine, numpy_seed = spread(seed, 2)
+        self._world = RandomState(mine, every(), numpy_seed)
         with self._world.lent():
             self._setup = make(task, seed, self._knobs)
         trainer = self._setup.trainer
@@ -304,52 +303,6 @@ class _Pace(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks off the model."""
         self._eyes.close()
-
-
-class _World:
-    """Python's, NumPy's and torch's global random states, of one job."""
-
-    def __init__(self, seed: int, numpy_seed: int) -> None:
-        devices = range(torch.cuda.device_count())
-        self._states: list[Any] = [
-            random.Random(seed).getstate(),
-            np.random.RandomState(numpy_seed).get_state(),
-            torch.Generator().manual_seed(seed).get_state(),
-            [torch.Generator(f"cuda:{d}").manual_seed(seed).get_state() for d in devices],
-        ]
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """The global states are the job's inside, and what they were outside."""
-        outside = _read()
-        _write(self._states)
-        try:
-            yield
-        finally:
-            self._states = _read()
-            _write(outside)
-
-    @contextmanager
-    def copied(self) -> Iterator[None]:
-        """Likewise, but what is used up inside is given back."""
-        states = self._states
-        with self.lent():
-            yield
-        self._states = states
-
-
-def _read() -> list[Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
-
-
-def _write(states: list[Any]) -> None:
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
 
 
 @functools.cache

@@ -138,7 +138,8 @@ A policy turns the knobs it was trained to turn. The one that is shipped, `defau
 {engines()}
 
 Gradient accumulation and bf16 change nothing in these rows. The tests run on the CPU; those of
-several processes (two, `tests/test_scale.py`) turn the rate and roll back, not the other knobs.
+several processes (two, `tests/test_scale.py`) turn the rate and, in DDP, LoRA's scaling, and roll
+back; they turn no other knobs.
 """
 
 

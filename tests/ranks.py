@@ -26,9 +26,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from envs.knobs import Actions
+from envs.workload import with_lora
 from tuner.callback import TunerCallback
 
-KEEP, ROLLBACK = 3, 7
+KEEP, ROLLBACK, UP, DOWN = 3, 7, 8, 9
 STEPS, BATCH, WORDS, LENGTH = 20, 8, 40, 10
 ACTIONS = (4, KEEP, 5, 2, ROLLBACK)
 
@@ -36,13 +37,16 @@ ACTIONS = (4, KEEP, 5, 2, ROLLBACK)
 class Pilot:
     """Decides by the share of the run that is done, and remembers what it saw."""
 
-    def __init__(self):
-        self.manifest = SimpleNamespace(actions=Actions(), decisions=10, features=())
+    def __init__(self, scaling=False):
+        """scaling: also turns LoRA's."""
+        turns = (("adapter_scale", 2.0), ("adapter_scale", 0.5)) if scaling else ()
+        self.manifest = SimpleNamespace(actions=Actions(turns=turns), decisions=10, features=())
         self.sha256, self.seen = "5" * 64, []
+        self._actions = (UP, KEEP, UP, 2, ROLLBACK, DOWN, 5) if scaling else ACTIONS
 
     def act(self, observation):
         self.seen.append(observation)
-        return ACTIONS[round(float(observation[0]) * 10) % len(ACTIONS)]
+        return self._actions[round(float(observation[0]) * 10) % len(self._actions)]
 
     def outside(self, observation):
         return []
@@ -81,6 +85,11 @@ def model_of(kind):
     return BertForSequenceClassification(BertConfig(**sizes, **calm, initializer_range=0.2))
 
 
+def adapted(model):
+    torch.manual_seed(1)
+    return with_lora(model, ["classifier"])
+
+
 class InOrder(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
@@ -111,15 +120,16 @@ def outside(outputs, labels, num_items_in_batch=None):
 
 
 def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=True, broken=0,
-        plain=False, given=False, **more):  # fmt: skip
+        plain=False, given=False, scaling=False, **more):  # fmt: skip
     """-> rates, observations and weights, and writes them to a file for this process.
 
     own: the tuner has validation rows. broken: the step at which it breaks on one process. given:
-    it is given the Trainer, which computes the loss outside of the model.
+    it is given the Trainer, which computes the loss outside of the model. scaling: an adapter is
+    trained, and its scaling turned.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    pilot, look = Pilot(), Look()
+    pilot, look = Pilot(scaling), Look()
     rows = Rows(kind, 32, 1) if own else None
     loss = outside if given else None
     tuner = TunerCallback(pilot, mode="explore", eval_dataset=rows)
@@ -135,7 +145,7 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
     if arguments.fsdp and arguments.device:  # accelerate shards on accelerators: call these one
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_NPU
     trainer = InOrder(
-        model=model_of(kind), args=arguments,
+        model=adapted(model_of(kind)) if scaling else model_of(kind), args=arguments,
         train_dataset=Rows(kind, STEPS * BATCH, 0), compute_loss_func=loss,
         callbacks=[look, *([] if plain else [tuner]), *([Break(tuner, broken)] if broken else [])],
     )  # fmt: skip

@@ -54,6 +54,11 @@ def same(two, one):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def turns_in(log):
+    lines = map(json.loads, log.read_text().splitlines())
+    return [tuple(turn) for line in lines for turn in line["applied"].get("turns", ())]
+
+
 def resumed(whole, again, at):
     assert again["rates"] == whole["rates"][at:]
     assert equal(again["weights"], whole["weights"])
@@ -67,12 +72,17 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
         ("bert", {"micro": 4}),
         ("llama", {"kind": "llama", "micro": 2, "accumulation": 2}),
         ("outside", {"micro": 4, "given": True}),
+        ("scaling", {"micro": 4, "scaling": True}),
         ("broken", {"micro": 4, "broken": 7}),
     )
-    (bert, llama, outside, broken), errors = launch(tmp_path, *runs)
+    (bert, llama, outside, scaling, broken), errors = launch(tmp_path, *runs)
     same(bert, ranks.run(tmp_path / "one"))
     same(llama, ranks.run(tmp_path / "big", kind="llama"))
     same(outside, ranks.run(tmp_path / "outside one", given=True))
+    same(scaling, ranks.run(tmp_path / "scaling one", scaling=True))
+    turned = [turns_in(tmp_path / name / "tuner.jsonl") for name in ("scaling", "scaling one")]
+    assert turned[0] == turned[1]
+    assert [name for name, _ in turned[0]] == ["adapter_scale"] * 5
     assert len(set(bert[0]["rates"])) == ranks.STEPS
     # What breaks on one process switches the tuner off on both, at the next decision.
     plain = ranks.run(tmp_path / "plain", plain=True)
