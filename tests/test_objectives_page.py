@@ -28,9 +28,16 @@ import objectives_page  # noqa: E402
 
 TURNS = Actions(
     optimizers=("sgd",),
-    turns=(("weight_decay", 3.0), ("clip", 0.3), ("depth", -1.0), ("adapter_scale", 2.0)),
+    turns=(
+        ("weight_decay", 3.0),
+        ("clip", 0.3),
+        ("depth", -1.0),
+        ("adapter_scale", 2.0),
+        ("head_rate", 3.0),
+    ),
 )
-EVERY = Knobs(rate=1e-3, adapter_scale=1.0, beta=0.1, depth=1)
+EVERY = Knobs(rate=1e-3, adapter_scale=1.0, beta=0.1, depth=1, head_rate=1.0)
+OPENED = ("adapter_scale", "beta", "depth", "head_rate")
 
 
 def test_the_page_is_up_to_date():
@@ -57,11 +64,11 @@ def test_the_trainer_of_an_objective_is_the_one_named(objective, task_of):  # no
 
 def reached(place):
     """The dials, of those that a run is opened with or without, that the table allows."""
-    return {name for name in ("adapter_scale", "beta", "depth") if REACH[name][place]}
+    return {name for name in OPENED if REACH[name][place]}
 
 
 def had(knobs):
-    return {name for name in ("adapter_scale", "beta", "depth") if getattr(knobs, name) is not None}
+    return {name for name in OPENED if getattr(knobs, name) is not None}
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
@@ -69,12 +76,16 @@ def had(knobs):
 def test_a_job_has_the_knobs_that_the_table_says(tiny_task, task_of):  # noqa: F811
     assert had(TorchJob(tiny_task(adapter="lora"), 0, EVERY).knobs) == reached("TorchJob")
     assert "adapter_scale" not in had(TorchJob(tiny_task(), 0, EVERY).knobs)
-    packed = Lockstep(Plan("cpu", 2)).open(tiny_task(), 0, Knobs(adapter_scale=1.0))
+    packed = Lockstep(Plan("cpu", 2)).open(tiny_task(), 0, Knobs(adapter_scale=1.0, head_rate=1.0))
     assert isinstance(packed, PackedJob)
     assert had(packed.knobs) == reached("packs")
-    job = TrainerJob(task_of("dpo"), 0, Knobs(), make=objectives.prepare)
-    job.apply(job.knobs.having(adapter_scale=1.0, depth=1, beta=0.3))
-    assert had(job.knobs) == reached("TrainerJob")
+    found = set()
+    for name in ("dpo", "reward"):
+        job = TrainerJob(task_of(name), 0, Knobs(head_rate=1.0), make=objectives.prepare)
+        job.apply(job.knobs.having(adapter_scale=1.0, depth=1, beta=0.3))
+        found |= had(job.knobs)
+        assert ("head_rate" in had(job.knobs)) == (name == "reward")
+    assert found == reached("TrainerJob")
 
 
 @pytest.mark.parametrize(("place", "processes"), [("TunerCallback", 1), ("DDP", 2), ("FSDP2", 2)])
@@ -84,15 +95,18 @@ def test_the_callback_turns_what_the_table_says(place, processes):
     adapter = nn.ModuleDict({"own": nn.Linear(2, 2)})
     net.append(nn.ModuleDict({"lora_A": adapter, "lora_B": adapter}))  # as peft's layers have
     net[2].scaling = {"own": 2.0}
+    net.base_model_prefix = "0"  # what comes after it is the head
     switchable = SwitchableOptimizer(net.parameters())
     preference = SimpleNamespace(beta=0.1)
     if REACH["optimizer"][place]:
-        handles = Handles(args, net, switchable, 1e-3, TURNS, trainer=preference)
+        handles = Handles(args, net, switchable, 1e-3, TURNS, trainer=preference, headed=True)
         assert handles.switch
     else:
         with pytest.raises(BadInput, match="cannot be switched"):
             Handles(args, net, switchable, 1e-3, TURNS)
-        handles = Handles(args, net, switchable._inner, 1e-3, TURNS, trainer=preference)
+        handles = Handles(
+            args, net, switchable._inner, 1e-3, TURNS, trainer=preference, headed=True
+        )
     assert set(handles.dials) == {name for name in DIALS if REACH[name][place]}
     args.max_grad_norm = 0.0  # off: the table's condition
     plain = Handles(args, net, switchable._inner, 1e-3, TURNS)  # no Trainer given: no beta

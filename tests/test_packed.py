@@ -348,7 +348,7 @@ def test_cells_in_a_pack_have_the_outcomes_of_cells_one_by_one(tmp_path, monkeyp
         assert one["spent"] == other["spent"]
         for mine, theirs in zip(one["trials"], other["trials"], strict=True):
             losses = [point["train_loss"] for point in theirs["curve"]]
-            if max(losses) < 1.5 * losses[0]:  # a run whose loss shoots up magnifies rounding
+            if max(*losses, mine["test_loss"]) < 2:  # a loss that shoots up magnifies rounding
                 assert mine["test"] == theirs["test"]
                 assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
                 smooth += 1
