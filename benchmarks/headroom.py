@@ -1,6 +1,6 @@
 """Headroom: which rate is best on the training tasks, and what knowing a job's own best is worth.
 
-    python benchmarks/headroom.py [--out runs/headroom] [--workers 2]
+    python benchmarks/headroom.py [--out runs/headroom] [--workers 2] [--only SETTING ...]
 
 Every rate, linear to zero, on every training task and two seeds, in several settings. "own best"
 takes for a job and seed the rate that was best on the other seed: what a choice for each job would
@@ -33,13 +33,24 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tiny-32, 200 rows": {"rows": 200},
     "tiny-32, a fifth of the labels wrong": {"noise": 0.2},
     "tiny-32, LoRA": {"adapter": "lora"},
+    "tiny-32, head x3": {"head": 3.0},
+    "tiny-32, head x10": {"head": 10.0},
+    "tiny-32, head x30": {"head": 30.0},
+    "tiny-64, head x10": {"model": "tiny-64", "head": 10.0},
+    "tiny-32, LoRA, head x2": {"adapter": "lora", "head": 2.0},
+    "tiny-32, LoRA, head x10": {"adapter": "lora", "head": 10.0},
 }
 
 
 def scores(changes: Mapping[str, Any], out: Path, workers: int) -> np.ndarray:
-    """Test scores of every rate: (rates, tasks, seeds)."""
-    methods = [Fixed(Knobs(10.0**d, "linear"), True, f"{d:+g}") for d in DECADES]
-    tasks = [find(name, **changes) for name in TRAINED]
+    """Test scores of every rate: (rates, tasks, seeds). head: times the rate, for the new head."""
+    head = changes.get("head")
+    own = "" if head is None else f", head x{head:g}"
+    methods = [
+        Fixed(Knobs(10.0**d, "linear", head_rate=head), True, f"{d:+g}{own}") for d in DECADES
+    ]
+    given = {key: value for key, value in changes.items() if key != "head"}
+    tasks = [find(name, **given) for name in TRAINED]
     found = compare(
         methods, tasks, SEEDS, out / "ledger.sqlite", runs=1, workers=workers, pack=8, compiled=True
     )
@@ -69,11 +80,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/headroom"))
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
+    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, changes in SETTINGS.items():
-        found = figures(scores(changes, options.out, options.workers))
+    for name in options.only:
+        found = figures(scores(SETTINGS[name], options.out, options.workers))
         merge("headroom", name, found, seeds=list(SEEDS))
         print(name, found, flush=True)
 
