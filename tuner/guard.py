@@ -53,8 +53,9 @@ class Limits:
 
 
 CAREFUL = Limits(
-    "careful", below=10.0, above=3.0, up=1.5, down=2.0, lead=1.0, gentle=True, rollback=False
-)
+    "careful", below=10.0, above=3.0, up=1.5, down=2.0, lead=5.0, gentle=True, rollback=False,
+    opens=False,
+)  # fmt: skip
 FAR = Limits("explore", below=EXPLORE, above=EXPLORE)
 LIMITS = {limits.mode: limits for limits in (CAREFUL, FAR)}
 
