@@ -1,5 +1,6 @@
 """Head: the weights that came without pretraining, and a rate of their own."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 HEADED = ("classification", "regression", "tokens", "reward")  # objectives whose models get one
-LIKE = 0.2  # how far a head's deviation may be from what it is drawn with, as a share
+LIKE = 0.2  # how far a head's deviation may be from what it is drawn with, as a share; and chance
 
 
 @contextmanager
@@ -85,7 +86,8 @@ def head_of(model: Any) -> list[nn.Parameter]:
 def is_new(model: Any, head: Sequence[nn.Parameter]) -> bool:
     """Whether a head looks as transformers draws one: a trained one needs no rate of its own.
 
-    Its biases are 0, and its matrices have the deviation that the configuration names.
+    Its biases are 0, and its matrices have the deviation that the configuration names, give or take
+    what chance makes of so few numbers.
     """
     inner = getattr(model, "module", model)
     drawn = getattr(getattr(inner, "config", None), "initializer_range", None)
@@ -93,6 +95,8 @@ def is_new(model: Any, head: Sequence[nn.Parameter]) -> bool:
         return False
     with torch.no_grad():
         return all(
-            abs(float(p.float().std()) / drawn - 1) < LIKE if p.ndim > 1 else not p.any()
+            abs(float(p.float().std()) / drawn - 1) < LIKE + 4 / math.sqrt(2 * p.numel())
+            if p.ndim > 1
+            else not p.any()
             for p in head
         )
