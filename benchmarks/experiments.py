@@ -58,10 +58,6 @@ class Question:
 
 
 QUESTIONS: Mapping[str, Question] = {
-    "paired": Question(
-        "Is an episode better judged against others of the same job than by its return alone?",
-        {"alone": {"group": 1}, "in fours": {"group": 4}},
-    ),
     "reach": Question(
         "How far should one decision move the rate?",
         {
@@ -73,10 +69,6 @@ QUESTIONS: Mapping[str, Question] = {
     "surrogate": Question(
         "How much of the time should go to simulated runs?",
         {"none": {"surrogate": 0.0}, "two fifths": {"surrogate": 0.4}},
-    ),
-    "agent": Question(
-        "Which learner?",
-        {name: {"agent": name} for name in ("dqn", "q-learning", "sarsa")},
     ),
 }
 
@@ -94,11 +86,13 @@ def tasks() -> list[Task]:
     return found + [find(name) for name in TRAINED]
 
 
-def judge(methods: Sequence[Method], out: Path, workers: int = 0) -> dict[str, np.ndarray]:
+def judge(
+    methods: Sequence[Method], out: Path, workers: int = 0, seeds: Sequence[int] = JOB_SEEDS
+) -> dict[str, np.ndarray]:
     """Test scores by method, (jobs x seeds,), of the same runs in the same order."""
     out.mkdir(parents=True, exist_ok=True)
     found = compare(
-        methods, tasks(), JOB_SEEDS, out / "ledger.sqlite", runs=STARTS, workers=workers, pack=8,
+        methods, tasks(), seeds, out / "ledger.sqlite", runs=STARTS, workers=workers, pack=8,
         compiled=True,
     )  # fmt: skip
     scores: dict[str, list[float]] = {}
