@@ -40,12 +40,13 @@ from tuner.agent import Agent, Normaliser
 from tuner.curriculum import SIMULATED, iteration_seed
 from tuner.evaluate import PolicyMethod
 from tuner.imitation import lessons
-from tuner.policy import DEFAULT, Policy
+from tuner.policy import DEFAULT, PLACES, Policy
 from tuner.sb3 import DQNAgent, DQNConfig, PPOAgent, PPOConfig
 from tuner.tabular import TabularAgent, TabularConfig, q_learning, sarsa
 
 DECISIONS, JUDGED = 10, 4096  # of a run; simulated runs that all are judged by
 BASE, FIXED = "PPO", "-0.25 decades"  # what the others are set against
+DECADES = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5)  # what one rate for every job may be
 
 Learner = Literal["ppo", "imitation", "recurrent", "evolution", "dqn", "q-learning", "sarsa"]
 Act = Callable[[NDArray[np.float32]], NDArray[np.int64]]
@@ -61,7 +62,8 @@ class Variant:
     rate: float = 1e-3  # of PPO; 3e-4 after imitation, as shipped
     layers: tuple[int, ...] = (64, 64)
     group: int = 8  # episodes of the same job that PPO compares; 1: each by its own return
-    at_the_end: bool = False  # all is paid at the end of an episode
+    # All is paid at the end of an episode: for the last loss, or for the lowest on the way.
+    at_the_end: bool | Literal["lowest"] = False
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -78,6 +80,7 @@ VARIANTS: Mapping[str, Variant] = {
     "PPO, each by its own return": Variant("ppo", group=1),
     "PPO, own return, paid at the end": Variant("ppo", group=1, at_the_end=True),
     "Q-learning, paid at the end": Variant("q-learning", at_the_end=True),
+    "PPO, paid for the lowest loss": Variant("ppo", at_the_end="lowest"),
     "PPO, four times the time": Variant("ppo", times=4.0),
     "RecurrentPPO, four times the time": Variant("recurrent", times=4.0),
     "evolution, four times the time": Variant("evolution", times=4.0),
@@ -85,21 +88,35 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 class AtTheEnd(VectorWrapper):
-    """Pays the sum of an episode's rewards in its last step, and nothing before."""
+    """Pays nothing before an episode's last step, and then what its rewards came to.
+
+    lowest: or the most that they came to on the way: as a reward is the rise of a potential of the
+    validation loss, that is what the checkpoint with the lowest loss is worth.
+    """
+
+    def __init__(self, envs: VectorEnv, lowest: bool = False) -> None:
+        super().__init__(envs)
+        self._lowest = lowest
+        self._sums = np.zeros(self.num_envs)
+        self._most = np.full(self.num_envs, -np.inf)
 
     def reset(self, **given: Any) -> Any:
         """Begin new episodes."""
-        self._sums = np.zeros(self.num_envs)
+        self._forget(np.ones(self.num_envs, dtype=bool))
         return self.env.reset(**given)
 
     def step(self, actions: Any) -> Any:
         """Step all."""
         seen, rewards, terminated, truncated, info = self.env.step(actions)
         self._sums += rewards
+        self._most = np.maximum(self._most, self._sums)
         over = terminated | truncated
-        paid = np.where(over, self._sums, 0.0)
-        self._sums[over] = 0.0
+        paid = np.where(over, self._most if self._lowest else self._sums, 0.0)
+        self._forget(over)
         return seen, paid, terminated, truncated, info
+
+    def _forget(self, which: NDArray[np.bool_]) -> None:
+        self._sums[which], self._most[which] = 0.0, -np.inf
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,8 @@ def learn(name: str, seconds: float, seed: int, frame: Policy, out: Path) -> Tra
     if not facts.exists():
         out.mkdir(parents=True, exist_ok=True)
         envs: VectorEnv = simulated(frame.manifest.actions, SIMULATED)
-        envs = AtTheEnd(envs) if variant.at_the_end else envs
+        if variant.at_the_end:
+            envs = AtTheEnd(envs, lowest=variant.at_the_end == "lowest")
         budget, rounds = seconds * variant.times, 0
         began = time.process_time()
         agent = make_agent(variant, envs, frame, seed)  # what it is shown costs time as well
@@ -204,6 +222,17 @@ def returns(act: Act, actions: Actions) -> NDArray[np.float64]:
     return np.array(many_agents.judge(make, actions, act, DECISIONS, rounds=1))
 
 
+def to_rate(decades: float, actions: Actions) -> Act:
+    """Goes at once to one rate, from the reference rate in decades, for every job."""
+    steps = np.log10(actions.multipliers)
+
+    def act(seen: NDArray[np.float32]) -> NDArray[np.int64]:
+        wish = decades - seen[:, PLACES["rate_vs_reference"]]
+        return np.asarray(np.abs(wish[:, None] - steps).argmin(1))
+
+    return act
+
+
 def paired(mine: NDArray[np.float64], base: NDArray[np.float64]) -> dict[str, float]:
     """(agents, runs) returns of two kinds -> mean difference, and its standard error.
 
@@ -220,7 +249,7 @@ def paired(mine: NDArray[np.float64], base: NDArray[np.float64]) -> dict[str, fl
 def simulate(
     agents: Mapping[str, Sequence[Trained]], frame: Policy, out: Path
 ) -> dict[str, dict[str, Any]]:
-    """Figures on simulated runs of each variant, and of *keep*."""
+    """Figures on simulated runs of each variant, of *keep*, and of one rate for every job."""
     actions = frame.manifest.actions
     found = {}
     for name, some in agents.items():
@@ -231,7 +260,8 @@ def simulate(
                 np.save(file, returns(act_of(agent, frame), actions))
             rows.append(np.load(file))
         found[name] = np.array(rows)
-    kept = returns(lambda seen: np.full(len(seen), actions.keep), actions)
+    unlearned = {"keep": lambda seen: np.full(len(seen), actions.keep)}
+    unlearned |= {f"{each:+g} decades": to_rate(each, actions) for each in DECADES}
     told = {
         name: {
             "return": round(float(rows.mean()), 4),
@@ -240,7 +270,10 @@ def simulate(
         }
         for name, rows in found.items()
     }
-    return told | {"keep": {"return": round(float(kept.mean()), 4)}}
+    return told | {
+        name: {"return": round(float(returns(act, actions).mean()), 4)}
+        for name, act in unlearned.items()
+    }
 
 
 def main() -> None:

@@ -172,20 +172,26 @@ def test_a_network_with_a_memory_learns_what_needs_one():
     assert paid.mean() > 0.9  # without a memory a third
 
 
-def test_paid_at_the_end_is_the_same_sum():
+@pytest.mark.parametrize("lowest", [False, True])
+def test_paid_at_the_end_is_the_last_sum_or_the_highest(lowest):
     envs = learners.simulated(policy.load(policy.DEFAULT).manifest.actions, 8)
-    late = learners.AtTheEnd(learners.simulated(envs.actions, 8))
+    late = learners.AtTheEnd(learners.simulated(envs.actions, 8), lowest)
     envs.reset(seed=0)
     late.reset(seed=0)
-    rng, sums, over = np.random.default_rng(0), np.zeros(8), 0
+    rng, earned, differ, over = np.random.default_rng(0), [[] for _ in range(8)], 0, 0
     for _ in range(25):
         actions = rng.integers(envs.actions.size, size=8)
         _, rewards, ended, _, _ = envs.step(actions)
         _, paid, _, _, _ = late.step(actions)
-        sums += rewards
-        assert paid == pytest.approx(np.where(ended, sums, 0))
-        sums[ended], over = 0, over + ended.sum()
+        for i in range(8):
+            earned[i].append(rewards[i])
+            sums = np.cumsum(earned[i])
+            wanted = sums.max() if lowest else sums[-1]
+            assert paid[i] == pytest.approx(wanted if ended[i] else 0)
+            if ended[i]:
+                over, differ, earned[i] = over + 1, differ + (sums.max() > sums[-1] + 0.01), []
     assert over >= 16
+    assert differ > 0
 
 
 def test_a_difference_is_known_no_better_than_its_agents_agree():
