@@ -10,7 +10,7 @@ what was concluded.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,16 @@ def tasks() -> list[Task]:
 
 
 def judge(
-    methods: Sequence[Method], out: Path, workers: int = 0, seeds: Sequence[int] = JOB_SEEDS
+    methods: Sequence[Method],
+    out: Path,
+    workers: int = 0,
+    seeds: Sequence[int] = JOB_SEEDS,
+    read: Callable[[Mapping[str, Any]], float] = lambda trial: trial["test"],
 ) -> dict[str, np.ndarray]:
-    """Test scores by method, (jobs x seeds,), of the same runs in the same order."""
+    """By method, (jobs x seeds,), of the same runs in the same order: what is read of each.
+
+    read: of the run as it was handed in; its test score.
+    """
     out.mkdir(parents=True, exist_ok=True)
     found = compare(
         methods, tasks(), seeds, out / "ledger.sqlite", runs=STARTS, workers=workers, pack=8,
@@ -97,7 +104,7 @@ def judge(
     )  # fmt: skip
     scores: dict[str, list[float]] = {}
     for outcome in found:
-        scores.setdefault(outcome["method"], []).append(outcome["trials"][0]["test"])
+        scores.setdefault(outcome["method"], []).append(read(outcome["trials"][0]))
     return {name: np.array(values) for name, values in scores.items()}
 
 

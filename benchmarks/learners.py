@@ -276,6 +276,11 @@ def simulate(
     }
 
 
+def last_loss(trial: Mapping[str, Any]) -> float:
+    """The selection loss in nats where a run ended, not where it was best."""
+    return float(trial["curve"][-1]["selection_loss"])
+
+
 def main() -> None:
     """Train what is missing, judge, record."""
     parser = argparse.ArgumentParser(
@@ -312,7 +317,9 @@ def main() -> None:
         return
     plain = rivals()
     methods = [method_of(agent, frame) for some in agents.values() for agent in some]
-    scores = judge([*plain, *methods], options.out, seeds=range(options.job_seeds))
+    seen, job_seeds = [*plain, *methods], range(options.job_seeds)
+    scores = judge(seen, options.out, seeds=job_seeds)
+    ends = judge(seen, options.out, seeds=job_seeds, read=last_loss)
     groups = {name: [agent.name for agent in some] for name, some in agents.items()}
     groups |= {method.name: [method.name] for method in plain}
     real = figures(scores, {"base": groups[BASE]} | groups)
@@ -320,6 +327,8 @@ def main() -> None:
     for name, row in real.items():
         row["over_fixed"] = fixed[name]["gain"]
         row["over_fixed_error"] = fixed[name]["standard_error"]
+        logs = np.log([ends[member] for member in groups.get(name, groups[BASE])])
+        row["last_loss"] = round(float(np.exp(np.nanmean(logs))), 3)
         print(f"{name:34} {row}")
     del real["base"]
     merge("learners", "real", {"job_seeds": options.job_seeds, "variants": real}, seeds=list(seeds))
