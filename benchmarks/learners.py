@@ -84,6 +84,9 @@ VARIANTS: Mapping[str, Variant] = {
     "PPO, four times the time": Variant("ppo", times=4.0),
     "RecurrentPPO, four times the time": Variant("recurrent", times=4.0),
     "evolution, four times the time": Variant("evolution", times=4.0),
+    "PPO, paid for the lowest loss, four times the time": Variant(
+        "ppo", times=4.0, at_the_end="lowest"
+    ),
 }
 
 
