@@ -10,7 +10,7 @@ what was concluded.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,6 @@ class Question:
 
 
 QUESTIONS: Mapping[str, Question] = {
-    "paired": Question(
-        "Is an episode better judged against others of the same job than by its return alone?",
-        {"alone": {"group": 1}, "in fours": {"group": 4}},
-    ),
     "reach": Question(
         "How far should one decision move the rate?",
         {
@@ -73,10 +69,6 @@ QUESTIONS: Mapping[str, Question] = {
     "surrogate": Question(
         "How much of the time should go to simulated runs?",
         {"none": {"surrogate": 0.0}, "two fifths": {"surrogate": 0.4}},
-    ),
-    "agent": Question(
-        "Which learner?",
-        {name: {"agent": name} for name in ("dqn", "q-learning", "sarsa")},
     ),
 }
 
@@ -94,16 +86,25 @@ def tasks() -> list[Task]:
     return found + [find(name) for name in TRAINED]
 
 
-def judge(methods: Sequence[Method], out: Path, workers: int = 0) -> dict[str, np.ndarray]:
-    """Test scores by method, (jobs x seeds,), of the same runs in the same order."""
+def judge(
+    methods: Sequence[Method],
+    out: Path,
+    workers: int = 0,
+    seeds: Sequence[int] = JOB_SEEDS,
+    read: Callable[[Mapping[str, Any]], float] = lambda trial: trial["test"],
+) -> dict[str, np.ndarray]:
+    """By method, (jobs x seeds,), of the same runs in the same order: what is read of each.
+
+    read: of the run as it was handed in; its test score.
+    """
     out.mkdir(parents=True, exist_ok=True)
     found = compare(
-        methods, tasks(), JOB_SEEDS, out / "ledger.sqlite", runs=STARTS, workers=workers, pack=8,
+        methods, tasks(), seeds, out / "ledger.sqlite", runs=STARTS, workers=workers, pack=8,
         compiled=True,
     )  # fmt: skip
     scores: dict[str, list[float]] = {}
     for outcome in found:
-        scores.setdefault(outcome["method"], []).append(outcome["trials"][0]["test"])
+        scores.setdefault(outcome["method"], []).append(read(outcome["trials"][0]))
     return {name: np.array(values) for name, values in scores.items()}
 
 

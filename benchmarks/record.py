@@ -16,7 +16,8 @@ from envs.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "torch", "transformers", "peft", "gymnasium", "stable-baselines3", "optuna", "numpy",
+    "torch", "transformers", "peft", "gymnasium", "stable-baselines3", "sb3-contrib", "optuna",
+    "numpy",
 )  # fmt: skip
 
 

@@ -72,12 +72,9 @@ def head_of(model: Any) -> list[nn.Parameter]:
 
     None of a model that writes: what it puts out words with is pretrained as well.
     """
-    inner = getattr(model, "module", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    prefix = getattr(inner, "base_model_prefix", "")
-    base = getattr(inner, prefix, None) if prefix else None
+    inner, base = _parts(model)
     writes = getattr(inner, "get_output_embeddings", lambda: None)() is not None
-    if not isinstance(base, nn.Module) or base is inner or writes:
+    if base is None or writes:
         return []
     within = {id(parameter) for parameter in base.parameters()}
     return [p for p in inner.parameters() if p.requires_grad and id(p) not in within]
@@ -89,8 +86,9 @@ def is_new(model: Any, head: Sequence[nn.Parameter]) -> bool:
     Its biases are 0, and its matrices have the deviation that the configuration names, give or take
     what chance makes of so few numbers.
     """
-    inner = getattr(model, "module", model)
-    drawn = getattr(getattr(inner, "config", None), "initializer_range", None)
+    inner, base = _parts(model)
+    config = getattr(inner, "config", None) or getattr(base, "config", None)
+    drawn = getattr(config, "initializer_range", None)
     if not head or not isinstance(drawn, float):
         return False
     with torch.no_grad():
@@ -100,3 +98,11 @@ def is_new(model: Any, head: Sequence[nn.Parameter]) -> bool:
             else not p.any()
             for p in head
         )
+
+
+def _parts(model: Any) -> tuple[Any, nn.Module | None]:
+    """A model without what wraps it, and its pretrained part if it names one."""
+    inner = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    return inner, base if isinstance(base, nn.Module) and base is not inner else None

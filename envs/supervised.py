@@ -37,6 +37,8 @@ from envs.trainer_job import Setup
 class Regressor(nn.Module):
     """An encoder, the mean or the first of its token states, and one linear output."""
 
+    base_model_prefix = workload.PREFIX
+
     def __init__(self, encoder: nn.Module, width: int, task: Task) -> None:
         super().__init__()
         self.encoder, self.pooling = encoder, task.pooling
@@ -55,6 +57,8 @@ class Regressor(nn.Module):
 
 class Tagger(nn.Module):
     """An encoder and a linear layer on each token's state."""
+
+    base_model_prefix = workload.PREFIX
 
     def __init__(self, encoder: nn.Module, width: int, tags: int) -> None:
         super().__init__()

@@ -24,6 +24,9 @@ from envs.task import SPLITS, Pooling, Split, Task
 CAP = 8000  # rows of a split that are tokenised at most
 
 
+PREFIX = "encoder"  # the pretrained part's name, where transformers' models name theirs
+
+
 class Classifier(nn.Module):
     """An encoder, the mean or the first of its token states, and a linear head.
 
@@ -31,12 +34,11 @@ class Classifier(nn.Module):
     The signature is the one that transformers' ``Trainer`` calls.
     """
 
-    base_model_prefix = "encoder"  # as transformers' models name their pretrained part
+    base_model_prefix = PREFIX
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.encoder = encoder
-        self.config = encoder.config
         self.head = head
         self.pooling = pooling
 

@@ -87,7 +87,7 @@ class Manifest(Part):
     """Everything about a policy but its weights."""
 
     format: Literal[1]
-    algorithm: Literal["ppo", "imitation", "dqn", "q-learning", "sarsa"]
+    algorithm: Literal["ppo", "imitation", "dqn", "evolution", "q-learning", "sarsa"]
     observation: int  # envs.observe.VERSION
     features: tuple[Range, ...] = Field(min_length=SIZE, max_length=SIZE)
     network: Mlp | Table = Field(discriminator="kind")

@@ -150,7 +150,7 @@ class PPOAgent:
         model, rate = self._model, self._config.rate * (1.0 - 0.9 * share)
         model.lr_schedule = lambda _: rate
         model.ent_coef = self._config.entropy * (1.0 - share)
-        _fresh(model, self._venv, seed)
+        fresh(model, self._venv, seed)
         model.learn(self._steps * envs.num_envs, reset_num_timesteps=False)
         values = model.logger.name_to_value
         return {
@@ -236,7 +236,7 @@ class DQNAgent:
         epsilon = config.explore_from + span * min(1.0, share / 0.8)
         model.exploration_schedule = lambda _: epsilon
         model.exploration_rate = epsilon
-        _fresh(model, self._venv, seed)
+        fresh(model, self._venv, seed)
         model.learn(self._steps * envs.num_envs, reset_num_timesteps=False)
         loss = model.logger.name_to_value.get("train/loss", float("nan"))
         return {"epsilon": epsilon, "loss": float(loss)}
@@ -277,7 +277,7 @@ class DQNAgent:
             getattr(buffer, name)[: len(values)] = values.numpy()
 
 
-def _fresh(model: PPO | DQN, venv: VectorAdapter, seed: int) -> None:
+def fresh(model: PPO | DQN, venv: VectorAdapter, seed: int) -> None:
     """Begin an iteration as a pure function of the seed: new episodes, new random state."""
     set_random_seed(seed)
     model.set_logger(Logger(folder=None, output_formats=[]))  # the default makes a folder a call
