@@ -13,7 +13,6 @@ import optuna
 from baselines.method import Arena, Point, finish
 from baselines.schedules import reference
 from envs.errors import BadInput, UnknownName
-from envs.head import HEADED
 from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Shape, exchange
 from envs.task import Task
 
@@ -32,8 +31,8 @@ class Search:
     """Optuna over at least the reach of the tuner, until the budget is spent.
 
     Space: rate, log-uniform within ``decades`` either way of ``center``; shape of the schedule;
-    warm-up, 0 to 0.2 of the steps; a new head's rate, log-uniform from 0.3 to 30 times that of
-    the other weights; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none
+    warm-up, 0 to 0.2 of the steps; a classifier's head's rate, log-uniform from 0.3 to 30 times
+    that of the other weights; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none
     (a quarter of the draws; one flat dimension, as a conditional one would turn multivariate
     TPE, GP and CMA-ES into random search); optimizer. The rate is AdamW's: for SGD and RMSprop
     it is scaled by the ratio of their `reference_rate` to AdamW's, so that the rate's dimension
@@ -145,7 +144,8 @@ def draw(
     decay = trial.suggest_float("weight_decay", NO_DECAY / 10, 0.1, log=True)
     optimizer = trial.suggest_categorical("optimizer", OPTIMIZERS)
     rate *= exchange("adamw", optimizer, 1, task.adapter)
-    head = trial.suggest_float("head_rate", *HEAD, log=True) if task.objective in HEADED else None
+    headed = task.objective == "classification"
+    head = trial.suggest_float("head_rate", *HEAD, log=True) if headed else None
     knobs = Knobs(
         min(max(rate, RATE_FLOOR), RATE_CEILING), shape, warmup, optimizer,
         decay if decay >= NO_DECAY else 0.0, head_rate=head,

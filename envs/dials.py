@@ -59,7 +59,7 @@ DIALS = {
 
 _ON, _SWITCHABLE = "if it is on", "if it is a SwitchableOptimizer"
 _OPENED = "if the run was opened with it"
-_NEW = "if the policy opens or turns it, and the head is new"
+_NEW = "if the policy opens or turns it, and a classifier's head is new"
 _LORA = "LoRA, if the policy turns it, but for ``load_best_model_at_end``"
 _GIVEN = "if ``trainer=`` is given and has one"
 REACH: dict[str, dict[str, str]] = {
@@ -77,7 +77,7 @@ REACH: dict[str, dict[str, str]] = {
         "adapter_scale": (f"LoRA, {_OPENED}", "", "", _LORA, _LORA, ""),
         "beta": ("", "", "if the Trainer has one", *[_GIVEN] * 3),
         "depth": (_OPENED, "", "", "if the policy turns it", "", ""),
-        "head_rate": (_OPENED, _OPENED, f"a new head, {_OPENED}", *[_NEW] * 2, ""),
+        "head_rate": (_OPENED, _OPENED, f"a classifier's new head, {_OPENED}", *[_NEW] * 2, ""),
     }.items()
 }
 """What turns each knob, and on which condition; empty: not at all.

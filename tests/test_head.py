@@ -12,9 +12,16 @@ from test_callback import (
     train,
     weights,
 )
+from test_trainer_job import (
+    ROWS,
+    factory,  # noqa: F401  (a fixture)
+    score,
+    texts,  # noqa: F401  (a fixture)
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     GPT2Config,
     TrainerCallback,
@@ -29,6 +36,8 @@ from envs.head import head_of, is_new
 from envs.job import TorchJob
 from envs.knobs import Actions, Knobs, opened, plain
 from envs.lockstep import Lockstep, PackedJob
+from envs.task import Task
+from envs.trainer_job import Setup, TrainerJob
 from tuner.callback import TunerCallback
 from tuner.guard import limits_of
 
@@ -118,10 +127,13 @@ def test_a_classifier_has_a_new_head_until_it_is_trained():
     assert not is_new(model, [])
 
 
-def test_a_reward_model_has_a_head_and_a_language_model_none():
-    config = GPT2Config(**GPT, num_labels=1, pad_token_id=0)
-    model = AutoModelForSequenceClassification.from_config(config)
-    assert [p.shape for p in head_of(model)] == [(1, 32)]
+def test_what_rates_labels_tokens_or_writes_has_none_that_counts():
+    config = GPT2Config(**GPT, num_labels=3, pad_token_id=0)
+    sorting = AutoModelForSequenceClassification.from_config(config)
+    assert [p.shape for p in head_of(sorting)] == [(3, 32)]
+    config.num_labels = 1
+    assert head_of(AutoModelForSequenceClassification.from_config(config)) == []
+    assert head_of(AutoModelForTokenClassification.from_config(BertConfig(**BERT))) == []
     assert head_of(AutoModelForCausalLM.from_config(GPT2Config(**GPT))) == []
     assert head_of(torch.nn.Linear(2, 2)) == []
 
@@ -135,6 +147,33 @@ def test_under_lora_the_head_is_what_is_saved_with_it():
     head = head_of(tuned)
     assert sorted(tuple(p.shape) for p in head) == [(5,), (5, 32)]
     assert is_new(tuned, head)
+
+
+def test_a_trainers_job_lifts_the_head_as_a_group_of_its_own_would(factory):  # noqa: F811
+    def make(_, seed, knobs):
+        return Setup(factory(seed, learning_rate=1e-3), score, ROWS, 3)
+
+    def apart(_, seed, knobs):
+        trainer = factory(seed, learning_rate=1e-3)
+        model = trainer.model
+        trainer.optimizer = torch.optim.AdamW(
+            [{"params": [*model.bert.parameters()], "lr": 1e-3},
+             {"params": [*model.classifier.parameters()], "lr": 1e-2}],
+            weight_decay=0.0,
+        )  # fmt: skip
+        return Setup(trainer, score, ROWS, 3)
+
+    own = Task("trainer", objective="own", steps=8, interval=4, batch=8, rows=ROWS)
+    lifted = TrainerJob(own, 3, Knobs(1e-3, head_rate=10.0), make=make)
+    grouped = TrainerJob(own, 3, Knobs(1e-2), make=apart)  # a Trainer's rate is its largest
+    plain = TrainerJob(own, 3, Knobs(1e-3), make=make)
+    assert lifted.knobs.head_rate == 10.0
+    seen = [job.advance(6).losses for job in (lifted, grouped, plain)]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    assert seen[0] != pytest.approx(seen[2], rel=1e-3)
+    lifted.apply(Knobs(1e-3))  # says nothing of the head
+    assert lifted.knobs.head_rate == 10.0
+    assert lifted.advance(2).losses != plain.advance(2).losses
 
 
 # -- a Trainer ---------------------------------------------------------------------------------
