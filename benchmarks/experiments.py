@@ -116,12 +116,13 @@ def learn(changes: Mapping[str, Any], budget: str, seed: int, out: Path) -> Poli
 
 
 def rivals() -> list[Method]:
-    """What needs no learning: the user's rate kept, and one rate for every job."""
+    """What needs no learning: the user's rate kept, one rate for every job, and one for heads."""
     fixed = [
         Fixed(Knobs(10.0**decades, "linear"), True, f"{decades:+g} decades")
         for decades in (-0.5, -0.25, 0.0)
     ]
-    return [STATIC["keep"](), *fixed]
+    lifted = Fixed(Knobs(10.0**-0.25, "linear", head_rate=10.0), True, "-0.25 decades, head x10")
+    return [STATIC["keep"](), *fixed, lifted]
 
 
 def figures(
