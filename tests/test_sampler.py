@@ -4,7 +4,9 @@ import importlib.util
 import math
 import pickle
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -83,6 +85,17 @@ def test_a_policy_file_and_a_real_task(tiny_task, tmp_path):
     assert start == find_start(example("ppo"), tiny_task(), rate=1e-2)[0]
     assert 0 < start.score <= 1
     assert 10**-1.5 <= start.rate / 1e-2 <= 10**1.5
+
+
+def test_a_start_tells_with_which_head_it_was_found(tiny_task):
+    actions = replace(example("ppo").manifest.actions, opens=(("head_rate", 10.0),))
+    pilot = Scripted([actions.keep] * 20)
+    pilot.manifest = SimpleNamespace(actions=actions, decisions=10, features=())
+    (start,) = find_start(pilot, tiny_task(), rate=1e-2)
+    assert start.head_rate == 10.0
+    study = optuna.create_study()
+    warm_start(study, [start], {"rate": "learning_rate", "head_rate": "head"})
+    assert study.trials[0].system_attrs["fixed_params"]["head"] == 10.0
 
 
 def test_runs_that_all_diverge_are_no_start():

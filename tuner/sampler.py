@@ -35,7 +35,8 @@ from tuner.policy import Policy
 from tuner.restarts import SPREAD
 from tuner.tracking import open_policy
 
-SETTINGS = ("rate", "shape", "optimizer")
+RATES = ("rate", "head_rate")
+SETTINGS = (*RATES, "shape", "optimizer")
 NAMES = {"rate": "learning_rate"}  # ours -> the study's
 FARTHEST = 2 * SPREAD  # decades that a draw may be away from what was found
 
@@ -47,6 +48,7 @@ Space = Mapping[str, Any]  # name -> distribution
 class Start:
     """Settings of a run to begin a search from; ``rate`` is a peak rate, ``shape`` its schedule.
 
+    ``head_rate``: times the rate, for a classifier's head, with which a rate was found.
     Of a steered run: the peak rate in force at its best checkpoint, and the selection score of
     that. Or settings of one's own, for example a rate from the summary of `steersman apply`.
     """
@@ -55,9 +57,10 @@ class Start:
     shape: Shape = "linear"
     optimizer: Optimizer = "adamw"
     score: float = math.nan
+    head_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        Knobs(self.rate, self.shape, optimizer=self.optimizer)  # checks them
+        Knobs(self.rate, self.shape, optimizer=self.optimizer, head_rate=self.head_rate)  # checks
 
 
 def find_start(
@@ -95,7 +98,9 @@ def _ends(trial: Trial) -> list[Start]:
     if not sound:
         return []
     best = max(sound, key=lambda point: (point.selection, -point.selection_loss))
-    return [Start(best.rate, trial.knobs.shape, trial.knobs.optimizer, best.selection)]
+    knobs = trial.knobs
+    head = knobs.head_rate or 1.0
+    return [Start(best.rate, knobs.shape, knobs.optimizer, best.selection, head)]
 
 
 def warm_start(
@@ -107,7 +112,7 @@ def warm_start(
         study: settings that it has tried or enqueued before are not enqueued again, so that
             every process of a shared study may call this.
         found: from `find_start`.
-        names: ``rate``, ``shape`` or ``optimizer`` -> what the objective calls it.
+        names: ``rate``, ``head_rate``, ``shape`` or ``optimizer`` -> what the objective calls it.
         space: the study's distributions by name; by default those of the trials that it has.
             Where one is known, a rate is clipped to it; a study without trials knows none.
     """
@@ -142,8 +147,8 @@ class SteersmanSampler(BaseSampler):
     Arguments:
         found: from `find_start`.
         base: any sampler; by default TPE, with the same seed.
-        names: ``rate``, ``shape`` or ``optimizer`` -> what the objective calls it. The rate has
-            to be ``suggest_float(..., log=True)``, the others ``suggest_categorical``.
+        names: ``rate``, ``head_rate``, ``shape`` or ``optimizer`` -> what the objective calls it.
+            Rates have to be ``suggest_float(..., log=True)``, the others ``suggest_categorical``.
         trials: by default ten, as many as TPE would draw at random.
         seed: of the draws around what was found; by default another one each time.
     """
@@ -239,7 +244,7 @@ def _fitting(value: Any, setting: str, name: str, distribution: Any) -> Any:
     """The value as the distribution can hold it; `BadInput` if it cannot hold its like."""
     if distribution is None:
         return value
-    if setting == "rate":
+    if setting in RATES:
         if not (isinstance(distribution, FloatDistribution) and distribution.log):
             raise BadInput(
                 f"study: {name}: is no logarithmic range, and rates are; "

@@ -16,15 +16,16 @@ from tuner.sampler import SteersmanSampler, find_start, warm_start
 
 SPACE = {
     "learning_rate": FloatDistribution(1e-6, 1e-1, log=True),
+    "head_rate": FloatDistribution(0.3, 30.0, log=True),  # times that, for the new head
     "schedule": CategoricalDistribution(SHAPES),
     "weight_decay": FloatDistribution(1e-5, 0.1, log=True),
 }
-NAMES = {"rate": "learning_rate", "shape": "schedule"}  # the tuner's -> this search's
+NAMES = {"rate": "learning_rate", "head_rate": "head_rate", "shape": "schedule"}  # ours -> these
 
 
 def accuracy(task: Task, params: dict[str, Any]) -> float:
-    decay = params["weight_decay"]
-    knobs = Knobs(params["learning_rate"], params["schedule"], weight_decay=decay)
+    decay, head = params["weight_decay"], params["head_rate"]
+    knobs = Knobs(params["learning_rate"], params["schedule"], weight_decay=decay, head_rate=head)
     job = TorchJob(task, seed=0, knobs=knobs)
     job.advance(task.steps)
     return job.evaluate("selection").metric
