@@ -28,8 +28,10 @@ from tuner.policy import DEFAULT
 
 DECADES = 0.3
 VARIANTS: Mapping[str, Limits] = {
-    f"{'opened, ' if opens else ''}lead {lead:g}": replace(CAREFUL, lead=lead, opens=opens)
-    for opens, leads in ((False, (1.0, 3.0, 5.0, 7.0)), (True, (1.0, 5.0)))
+    f"{f'opened x{most:g}, ' if most > 1 else ''}lead {lead:g}": replace(
+        CAREFUL, lead=lead, opens=most
+    )
+    for most, leads in ((1.0, (5.0, 8.0, 11.0)), (3.0, (5.0, 8.0)), (10.0, (5.0,)))
     for lead in leads
 }
 

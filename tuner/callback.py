@@ -20,7 +20,7 @@ from envs.progress import Context
 from tuner import checkpoint, processes
 from tuner.audit import Pilot
 from tuner.crew import Crew
-from tuner.guard import limits_of
+from tuner.guard import limits_of, within
 from tuner.sight import Sight, need_validation
 from tuner.steer import Helm
 
@@ -168,7 +168,13 @@ class TunerCallback(TrainerCallback, ExportableState):
         users = saved.get("user", {}) if saved else {}
         start = self._rates.start
         self._handles = Handles(
-            args, model, optimizer, start, manifest.actions, trainer=self._trainer, **users
+            args,
+            model,
+            optimizer,
+            start,
+            within(manifest.actions, self._limits),
+            trainer=self._trainer,
+            **users,
         )
         self._saved = saved or {}
         loader = kwargs.get("train_dataloader")
@@ -200,7 +206,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             checkpoint.resume(self._crew, saved, checkpoint.folder_of(args, step), step)
         else:
             helm.start()
-            if limits.opens and not self._advise:
+            if not self._advise:
                 self._crew.turn(self._handles.opening)
         self._begun = True
         self._quiet = args.logging_nan_inf_filter and not self._advise

@@ -23,7 +23,7 @@ from envs.job import report_start, with_validation
 from envs.knobs import Decision, Knobs, opened
 from tuner.ablations import Ablation, RandomActions, Rule, Shuffled
 from tuner.audit import Pilot
-from tuner.guard import limits_of
+from tuner.guard import limits_of, within
 from tuner.policy import Policy
 from tuner.restarts import Ended, next_start
 from tuner.settings import CompareConfig
@@ -76,8 +76,7 @@ class PolicyMethod:
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
     limits, actions = limits_of(mode), policy.manifest.actions
-    actions = actions if limits.opens else replace(actions, opens=())
-    knobs = opened(Knobs(rate=start), actions, arena.task.adapter)
+    knobs = opened(Knobs(rate=start), within(actions, limits), arena.task.adapter)
     job = arena.open(knobs)
     best, curve, state = Best(), list[Point](), "complete"
     ended = start

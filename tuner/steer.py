@@ -12,7 +12,7 @@ from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
 from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
-from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
+from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off, within
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,9 @@ class Helm:
     @property
     def _opening(self) -> tuple[tuple[str, float], ...]:
         """The user's settings of the dials that the run was opened with otherwise."""
-        if not self.limits.opens:
-            return ()
         return tuple(
             (name, start)
-            for name, _ in self.policy.manifest.actions.opens
+            for name, _ in within(self.policy.manifest.actions, self.limits).opens
             if name in self.limits.turns and (start := DIALS[name].start) is not None
         )
 
