@@ -166,18 +166,19 @@ class TunerCallback(TrainerCallback, ExportableState):
         base = saved["base_rates"] if saved else None
         self._rates = Rates(kwargs.get("lr_scheduler"), base)
         users = saved.get("user", {}) if saved else {}
+        loader = kwargs.get("train_dataloader")
+        found = describe(model, loader, self._classes, total * _batch(args))
         start = self._rates.start
         self._handles = Handles(
             args,
             model,
             optimizer,
             start,
-            within(manifest.actions, self._limits),
+            within(manifest.actions, self._limits, found["adapter"]),
             trainer=self._trainer,
             **users,
         )
         self._saved = saved or {}
-        loader = kwargs.get("train_dataloader")
         sight = Sight(
             args, model, optimizer, loader, self._trainer, self._eval_dataset, self._eval_rows
         )
@@ -191,7 +192,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             optimizer=self._handles.given.optimizer,
             start_rate=start,
             objective=objective_of(args),
-            **describe(model, loader, self._classes, total * _batch(args)),
+            **found,
         )
         log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG
         record = log if rank() == 0 else None

@@ -75,8 +75,8 @@ class PolicyMethod:
 
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
-    limits, actions = limits_of(mode), policy.manifest.actions
-    knobs = opened(Knobs(rate=start), within(actions, limits), arena.task.adapter)
+    limits, actions, task = limits_of(mode), policy.manifest.actions, arena.task
+    knobs = opened(Knobs(rate=start), within(actions, limits, task.adapter), task.adapter)
     job = arena.open(knobs)
     best, curve, state = Best(), list[Point](), "complete"
     ended = start

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from envs.dials import DIALS, Turn, label
 from envs.env import BLOWN, EXPLORE
 from envs.errors import UnknownName
-from envs.knobs import KEEP, ROLLBACK_FACTOR, Actions, Decision, Knobs, Optimizer, turn
+from envs.knobs import KEEP, LORA, ROLLBACK_FACTOR, Actions, Decision, Knobs, Optimizer, turn
 from envs.progress import Context, Progress
 
 Mode = Literal["careful", "explore"]
@@ -49,12 +49,12 @@ class Limits:
     rollback: bool = True  # the policy may roll back when it likes
     switch: bool = False  # whoever carries out the rulings can change the optimizer
     turns: tuple[str, ...] = ()  # and these of `envs.dials.DIALS`
-    opens: float = math.inf  # most a dial may be opened with, times the user's; 1: left alone
+    opens: float = EXPLORE  # most a dial may be opened with, times the user's
 
 
 CAREFUL = Limits(
     "careful", below=10.0, above=3.0, up=1.5, down=2.0, lead=5.0, gentle=True, rollback=False,
-    opens=1.0,
+    opens=3.0,
 )  # fmt: skip
 FAR = Limits("explore", below=EXPLORE, above=EXPLORE)
 LIMITS = {limits.mode: limits for limits in (CAREFUL, FAR)}
@@ -67,9 +67,14 @@ def limits_of(mode: str) -> Limits:
     return LIMITS[mode]
 
 
-def within(actions: Actions, limits: Limits) -> Actions:
-    """The actions with what they open a run with held to the limits."""
-    held = ((name, min(amount, limits.opens)) for name, amount in actions.opens)
+def within(actions: Actions, limits: Limits, adapter: str) -> Actions:
+    """The actions with what they open a run with held to the limits.
+
+    They are given for all weights, and with an adapter a fifth of them is meant: see
+    `envs.knobs.opening`.
+    """
+    most = limits.opens * (LORA if adapter == "lora" else 1)
+    held = ((name, min(max(amount, 1 / most), most)) for name, amount in actions.opens)
     return replace(actions, opens=tuple(each for each in held if each[1] != 1))
 
 

@@ -12,7 +12,7 @@ from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
 from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
-from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off, within
+from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Helm:
         """The user's settings of the dials that the run was opened with otherwise."""
         return tuple(
             (name, start)
-            for name, _ in within(self.policy.manifest.actions, self.limits).opens
+            for name, _ in self.policy.manifest.actions.opens
             if name in self.limits.turns and (start := DIALS[name].start) is not None
         )
 
