@@ -88,14 +88,14 @@ DDP and FSDP2 are the callback in several processes.
 Turn = tuple[str, float]  # the name of a dial, and the factor or the steps to move it by
 
 
-def check(turn: Turn) -> None:
+def check(turn: Turn, where: str = "turns") -> None:
     """Raise `BadInput` unless it names a dial and a step that it can make."""
     if not isinstance(turn, tuple) or len(turn) != 2:
-        raise BadInput(f"actions: turns: {turn!r} is no pair; give a knob's name and a factor")
+        raise BadInput(f"actions: {where}: {turn!r} is no pair; give a knob's name and a factor")
     name, amount = turn
     if not (dial := lookup(DIALS, name, "knob to turn")).allows(amount):
         fix = "a whole number but 0" if dial.way == "plus" else "a factor from 0.001 to 1000 but 1"
-        raise BadInput(f"actions: turns: {name} cannot move by {amount!r}; give {fix}")
+        raise BadInput(f"actions: {where}: {name} cannot move by {amount!r}; give {fix}")
 
 
 def label(turn: Turn) -> str:

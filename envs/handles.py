@@ -11,6 +11,7 @@ from envs.errors import BadInput
 from envs.head import Lift, head_of, is_new
 from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened, opening
 from envs.parts import Parts
+from envs.shards import sharded
 from envs.switchable import SwitchableOptimizer
 
 KINDS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}  # of others, "adamw"
@@ -55,7 +56,8 @@ class Handles:
         depth = None if args.world_size > 1 else wish.depth
         again = getattr(args, "load_best_model_at_end", False) or getattr(args, "fsdp", None)
         scale = None if again else wish.adapter_scale
-        self._lift = Lift([] if getattr(args, "fsdp", None) else head_of(model), inner)
+        shards = getattr(args, "fsdp", None) or sharded(model)
+        self._lift = Lift([] if shards else head_of(model), inner)
         self.headed = is_new(model, self._lift.parameters) if headed is None else headed
         head = wish.head_rate is not None and self.headed and self._lift.able
         self.given = Knobs(
@@ -147,10 +149,14 @@ class Handles:
         if scale not in (None, 1.0):
             self._parts.settle(scale)
 
+    def close(self) -> None:
+        """Take the hooks off the optimizer: a Trainer keeps it for its next run."""
+        self._lift.close()
+
     def leave(self, knobs: Knobs) -> None:
         """The run is over: the arguments and what is trainable are as they were found."""
         given = self.given
-        self._lift.close()
+        self.close()
         self.settle(knobs.adapter_scale)
         self.put(replace(knobs, clip=given.clip, beta=given.beta, depth=given.depth), knobs)
 

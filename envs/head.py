@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 LIKE = 0.2  # how far a head's deviation may be from what it is drawn with, as a share; and chance
+
+ANCHORED = ("schedulefree", "prodigy")  # optimizers that keep where the weights were
 
 
 @contextmanager
@@ -21,11 +23,9 @@ def lifted(parameters: Sequence[nn.Parameter], times: float | None) -> Iterator[
     if times is None or times == 1:
         yield
         return
-    before = [parameter.detach().clone() for parameter in parameters]
+    before = _copies(parameters)
     yield
-    with torch.no_grad():
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(further(old, parameter, times))
+    _stretch(parameters, before, times)
 
 
 class Lift:
@@ -33,32 +33,52 @@ class Lift:
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Any) -> None:
         self.parameters, self.times = parameters, 1.0
-        self._optimizer, self._hooks, self._inside = optimizer, list[Any](), ExitStack()
+        self._optimizer, self._hooks = optimizer, list[Any]()
+        self._before: list[Tensor] = []
 
     @property
     def able(self) -> bool:
-        """Whether there is a head, and one rate for all weights, which can be hooked."""
-        rates = {group["lr"] for group in self._optimizer.param_groups}
+        """Whether there is a head, and an optimizer that can be hooked with one rate for all."""
+        groups = getattr(self._optimizer, "param_groups", [])
+        rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
+        name = type(self._optimizer).__name__.lower()
         known = isinstance(self._optimizer, torch.optim.Optimizer)
-        return bool(self.parameters) and len(rates) == 1 and known
+        return (
+            bool(self.parameters) and len(rates) == 1 and known
+            and not any(word in name for word in ANCHORED)
+        )  # fmt: skip
 
     def put(self, times: float) -> None:
         """From the next update on."""
         self.times = times
         if times != 1 and not self._hooks:
             self._hooks = [
-                self._optimizer.register_step_pre_hook(self._before),
-                self._optimizer.register_step_post_hook(lambda *_: self._inside.close()),
+                self._optimizer.register_step_pre_hook(self._note),
+                self._optimizer.register_step_post_hook(self._lengthen),
             ]
 
     def close(self) -> None:
         """Leave the optimizer as it was found."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self.times, self._hooks, self._before = 1.0, [], []
 
-    def _before(self, *_: Any) -> None:
-        self._inside.enter_context(lifted(self.parameters, self.times))
+    def _note(self, *_: Any) -> None:
+        self._before = _copies(self.parameters) if self.times != 1 else []
+
+    def _lengthen(self, *_: Any) -> None:
+        _stretch(self.parameters, self._before, self.times)
+        self._before = []
+
+
+def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _stretch(parameters: Sequence[nn.Parameter], before: Sequence[Tensor], times: float) -> None:
+    with torch.no_grad():
+        for parameter, old in zip(parameters, before, strict=False):
+            parameter.copy_(further(old, parameter, times))
 
 
 def further(before: Tensor, after: Tensor, times: float) -> Tensor:
@@ -77,6 +97,8 @@ def head_of(model: Any) -> list[nn.Parameter]:
     name = type(inner).__name__
     if base is None or "Classifi" not in name or "Token" in name:
         return []
+    if not any(parameter.requires_grad for parameter in base.parameters()):
+        return []  # there is no other rate that the head's could be a multiple of
     within = {id(parameter) for parameter in base.parameters()}
     head = [p for p in inner.parameters() if p.requires_grad and id(p) not in within]
     matrices = [p for p in head if p.ndim > 1]

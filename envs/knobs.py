@@ -177,9 +177,12 @@ class Actions:
         if self.view == "continuous" and self.turns:
             raise BadInput("actions: turns: only the discrete view has them; drop them")
         for each in self.opens:
-            dials.check(each)
-            if DIALS[each[0]].start is None:
-                raise BadInput(f"actions: opens: no run can be opened with a {each[0]}; drop it")
+            dials.check(each, "opens")
+        if len(self.opens) > 1 or any(name != "head_rate" for name, _ in self.opens):
+            raise BadInput(
+                f"actions: opens: {self.opens} has more than a head_rate, once; a run is opened "
+                "with nothing else"
+            )
 
     @property
     def size(self) -> int:

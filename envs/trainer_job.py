@@ -16,10 +16,10 @@ from envs.chance import RandomState, every
 from envs.errors import BadInput, RunFailed
 from envs.gauge import Gauge
 from envs.handles import Handles, beta_of, kind_of
-from envs.head import head_of, is_new
+from envs.head import Lift, head_of, is_new
 from envs.instruments import Eyes, Rates, describe, listen, objective_of
 from envs.job import Score, finite, spread
-from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer
+from envs.knobs import LORA, OPTIMIZERS, Actions, Knobs, Optimizer
 from envs.progress import Context, Progress
 from envs.snapshot import Snapshot, recall, remember
 from envs.switchable import SwitchableOptimizer
@@ -71,8 +71,9 @@ class TrainerJob:
         self._knobs = in_force(trainer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        if not is_new(self._model, head_of(self._model)):
-            self._knobs = self._knobs.having(head_rate=None)
+        self._knobs = self._knobs.having(
+            adapter_scale=None, depth=None, head_rate=self._head_rate(self._knobs.head_rate)
+        )
         if not self._parameters:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
@@ -136,6 +137,16 @@ class TrainerJob:
             finite=finite(self._parameters),
         )
 
+    def _head_rate(self, times: float | None) -> float | None:
+        """What the head's rate is opened with: of a new one, where all weights have one rate."""
+        head, optimizer = head_of(self._model), self._setup.trainer.optimizer
+        if times is None or not is_new(self._model, head):
+            return None
+        if optimizer is not None and not Lift(head, optimizer).able:
+            return None
+        lora = any("lora_" in name for name, _ in self._model.named_parameters())
+        return times / LORA if lora and self.task.adapter != "lora" else times  # a factory's model
+
     def _run(self) -> None:
         """Let the loop go on to its next halt, or to its end."""
         self._loop.parent = greenlet.getcurrent()
@@ -162,13 +173,10 @@ class TrainerJob:
                     f"trainer: {name}: is the Trainer's own and cannot be changed in the run; "
                     "leave it as it is"
                 )
-        kept = {
-            name: None
-            if (now := getattr(self._knobs, name)) is None
-            else getattr(knobs, name) or now
-            for name in ("beta", "head_rate")
-        }
-        self._knobs = knobs.having(adapter_scale=None, depth=None, **kept)
+        beta = None if self._knobs.beta is None else knobs.beta or self._knobs.beta
+        now = self._knobs.head_rate
+        head = now if now is None or knobs.head_rate is None else knobs.head_rate
+        self._knobs = knobs.having(beta=beta, adapter_scale=None, depth=None, head_rate=head)
 
     def evaluate(self, split: Split) -> Score:
         """Judge the weights on a split as the factory says; training is not affected."""

@@ -1,5 +1,6 @@
 """The head's own rate: the same as a parameter group, in a plain run and in a pack."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,7 @@ from envs.lockstep import Lockstep, PackedJob
 from envs.task import Task
 from envs.trainer_job import Setup, TrainerJob
 from tuner.callback import TunerCallback
+from tuner.guard import CAREFUL, within
 
 KINDS = ("adamw", "sgd", "rmsprop")
 X10 = Actions(opens=(parse("head_rate x10"),))
@@ -104,8 +106,13 @@ def test_a_run_is_opened_with_what_the_actions_say():
     assert opened(Knobs(), Actions()) == Knobs()
     assert plain(X10)["opens"] == (("head_rate", 10.0),)
     assert "opens" not in plain(Actions())
-    with pytest.raises(BadInput, match="no run can be opened with a clip"):
-        Actions(opens=(("clip", 2.0),))
+    twice = (("head_rate", 10.0), ("head_rate", 3.0))
+    for opens in ((("clip", 2.0),), (("adapter_scale", 2.0),), (("depth", -1.0),), twice):
+        with pytest.raises(BadInput, match="opened with nothing else"):
+            Actions(opens=opens)
+    for opens in ((("head_rate", math.nan),), (("head_rate", 1e9),), (("head_rate",),)):
+        with pytest.raises(BadInput, match="actions: opens"):
+            Actions(opens=opens)
 
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50,
@@ -220,6 +227,61 @@ def test_it_only_tells_or_leaves_rates_that_the_user_set_apart(task, tmp_path): 
         callback = TunerCallback(stub(), mode="explore", advise=advise)
         steered = train(task, tmp_path / "own", callback, before=before)
         assert equal(weights(plain), weights(steered))
+
+
+class Interrupt(TrainerCallback):
+    """Ends the first run it is in by Ctrl-C, before an update."""
+
+    def __init__(self, step):
+        self.step, self.done = step, False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("step", "hooks"), [(0, 1), (4, 0)])  # by then the head is trained
+def test_a_run_after_an_interrupted_one_is_opened_once(task, tmp_path, step, hooks):  # noqa: F811
+    made = {}
+
+    def hold(trainer):
+        made["trainer"] = trainer
+
+    callback = TunerCallback(stub(), mode="explore")
+    with pytest.raises(KeyboardInterrupt):
+        train(task, tmp_path, callback, before=hold, extra=[Interrupt(step)])
+    trainer, seen = made["trainer"], []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(len(optimizer.optimizer._optimizer_step_pre_hooks))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert set(seen) == {hooks}
+
+
+def test_groups_apart_are_seen_during_warm_up_too(task, tmp_path):  # noqa: F811
+    plain = train(task, tmp_path / "plain", before=head_apart(10), warmup_steps=4)
+    callback = TunerCallback(stub(), mode="explore")
+    steered = train(task, tmp_path / "own", callback, before=head_apart(10), warmup_steps=4)
+    assert equal(weights(plain), weights(steered))
+
+
+def test_a_head_on_an_encoder_that_is_not_trained_is_left_alone():
+    model = AutoModelForSequenceClassification.from_config(BertConfig(**BERT, num_labels=5))
+    model.bert.requires_grad_(False)
+    assert head_of(model) == []
+
+
+@pytest.mark.parametrize(("amount", "adapter", "opened_with"), [
+    (10.0, "full", 3.0), (10.0, "lora", 2.0), (1e3, "lora", 3.0), (1e-3, "full", 1 / 3),
+])  # fmt: skip
+def test_the_limits_bound_what_a_run_is_opened_with(amount, adapter, opened_with):
+    actions = Actions(opens=(("head_rate", amount),))
+    knobs = opened(Knobs(), within(actions, CAREFUL, adapter), adapter)
+    assert knobs.head_rate == pytest.approx(opened_with)
 
 
 def test_a_tuner_that_is_off_gives_the_heads_rate_back(task, tmp_path):  # noqa: F811

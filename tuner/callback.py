@@ -80,8 +80,9 @@ class TunerCallback(TrainerCallback, ExportableState):
     Arguments:
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
             (``models:/``, ``runs:/``), or a loaded policy.
-        mode: ``careful`` (0.1 to 3 times the schedule, small steps) or ``explore`` (1.5 decades
-            either way, and rollbacks), for those who do not trust their rate.
+        mode: ``careful`` (0.1 to 3 times the schedule, small steps; a new head's rate at most
+            three times as high) or ``explore`` (1.5 decades either way, and rollbacks; a new
+            head's rate as the policy has it), for those who do not trust their rate.
         advise: only write the log; the run is bit for bit the one without the callback.
         decisions: how often to decide in the run; by default as in the policy's training.
         classes: number of classes; by default as the model's configuration has it.
@@ -152,6 +153,8 @@ class TunerCallback(TrainerCallback, ExportableState):
                 self._rates.put(self._rates.start)
         elif self._saved:
             self._agree(args, state, control)
+        else:
+            self._open(args, state, control)
 
     def _begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
@@ -178,6 +181,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             trainer=self._trainer,
             **users,
         )
+        self._hooks.callback(self._handles.close)
         self._saved = saved or {}
         sight = Sight(
             args, model, optimizer, loader, self._trainer, self._eval_dataset, self._eval_rows
@@ -207,8 +211,6 @@ class TunerCallback(TrainerCallback, ExportableState):
             checkpoint.resume(self._crew, saved, checkpoint.folder_of(args, step), step)
         else:
             helm.start()
-            if not self._advise:
-                self._crew.turn(self._handles.opening)
         self._begun = True
         self._quiet = args.logging_nan_inf_filter and not self._advise
         if self._quiet:
@@ -216,6 +218,12 @@ class TunerCallback(TrainerCallback, ExportableState):
             logger.warning("logging_nan_inf_filter is off: it logs a loss of NaN as 0")
         if helm.off:
             self._crew.leave()
+
+    @guarded
+    def _open(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the run is opened with, once no process has failed."""
+        if not self._advise:
+            self._crew.turn(self._handles.opening)
 
     @guarded
     def _agree(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
