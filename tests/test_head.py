@@ -9,6 +9,7 @@ from test_callback import (
     KEEP,
     Stub,
     equal,
+    lines,
     task,  # noqa: F401  (a fixture)
     train,
     weights,
@@ -216,6 +217,9 @@ def test_the_callback_gives_a_new_head_its_rate_from_the_first_update(task, tmp_
     steered = train(task, tmp_path / "own", TunerCallback(stub(), mode=mode))
     assert losses(steered) == pytest.approx(losses(apart), rel=1e-3)
     assert losses(steered) != pytest.approx(losses(plain), rel=1e-3)
+    records = lines(tmp_path / "own")
+    assert records[0]["evidence"]["opened"] == {"head_rate": times}
+    assert "opened" not in records[1]["evidence"]
     assert not steered.optimizer.optimizer._optimizer_step_pre_hooks
     assert not steered.optimizer.optimizer._optimizer_step_post_hooks
 

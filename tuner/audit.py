@@ -98,6 +98,7 @@ def replay(path: str | Path, policy: Pilot) -> list[str]:
         if evidence["strange"] != (strange := policy.outside(observation)):
             found.append(f"{where}: out of range: {evidence['strange']} in the log, {strange} now")
         turns = tuple(evidence.pop("turns", ()))
+        evidence.pop("opened", None)
         if (mode := evidence.pop("mode")) == "advise":
             continue
         switch = record["applied"]["optimizer"] is not None

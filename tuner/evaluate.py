@@ -78,6 +78,7 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
     limits, actions, task = limits_of(mode), policy.manifest.actions, arena.task
     knobs = opened(Knobs(rate=start), within(actions, limits, task.adapter), task.adapter)
     job = arena.open(knobs)
+    knobs = knobs.having(head_rate=job.knobs.head_rate)  # a model without a new head has none
     best, curve, state = Best(), list[Point](), "complete"
     ended = start
     own = tuple(name for name in DIALS if getattr(job.knobs, name) is not None)

@@ -90,6 +90,7 @@ def _facts(policy: Policy) -> Table:
         "trained on": ", ".join(map(str, tasks)) if isinstance(tasks, list) else "",
         "episodes": origin.get("episodes", ""),
         "cost": f"{origin.get('seconds', 0)} s",
+        "opens runs with": ", ".join(map(label, manifest.actions.opens)) or "nothing",
         "decisions a run": manifest.decisions,
         "starting rates": f"within {manifest.start_decades:g} decades of the usual",
         "sha256": policy.sha256,

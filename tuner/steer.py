@@ -144,6 +144,8 @@ class Helm:
             evidence["mode"] = "advise" if self.advise else self.limits.mode
             if self.limits.turns:
                 evidence["turns"] = list(self.limits.turns)
+            if len(history) == 1 and self._opening and not self.advise:
+                evidence["opened"] = {name: getattr(knobs, name) for name, _ in self._opening}
             self.audit.append(
                 {
                     "step": history[-1].step,
