@@ -15,12 +15,15 @@ from typing import Any
 
 from page import DOCS, table
 from record import RESULTS, record
-from verdicts import UNKNOWN, Suite, jobs_in_words, losses, policy, rows
+from verdicts import UNKNOWN, Suite, jobs_in_words, losses, rows
+from verdicts import policy as name_of
 
 from baselines import plates, report
 from baselines.evidence import measure
 from baselines.figures import percent, spread, trials
+from tuner import policy
 from tuner.benchmark import finished
+from tuner.policy import DEFAULT
 from tuner.suites import PLAN, SUITES
 
 HEAD = """# Evidence
@@ -79,7 +82,11 @@ def gather(run: Path) -> dict[str, Suite]:
 
 def page(suites: Mapping[str, Suite], docs: Path) -> str:
     """The page's text; its figures are written to ``docs/evidence``."""
-    parts = [HEAD, "## Verdict", table(("claim", "bar", "figure", "suite"), rows(suites))]
+    told = [(*row, f"{suite}, *" if former(suites.get(suite)) else suite)
+            for *row, suite in rows(suites)]  # fmt: skip
+    parts = [HEAD, "## Verdict", table(("claim", "bar", "figure", "suite"), told)]
+    if any(map(former, suites.values())):
+        parts.append("\\* measured with the policy that was shipped before the present one.")
     folder = docs / "evidence"
     for old in folder.glob("*.svg"):
         old.unlink()
@@ -103,6 +110,12 @@ def section(name: str, suite: Suite, folder: Path) -> list[str]:
     return [*parts, by_job(suite), harm(suite), ablations(suite), offsets(suite), cost(suite)]
 
 
+def former(suite: Suite | None) -> bool:
+    """Whether a suite was run without the policy that is shipped."""
+    shipped = policy.load(DEFAULT).sha256
+    return suite is not None and shipped not in (p["sha256"] for p in suite["policies"])
+
+
 def taking_part(suite: Suite) -> str:
     """Jobs, seeds, budget and policies."""
     figures, config = suite["figures"], suite["config"]
@@ -113,7 +126,8 @@ def taking_part(suite: Suite) -> str:
         f"Scale {suite['scale']}{stale}. {figures['cells']} cells: "
         f"{', '.join(task['name'] for task in figures['tasks'])}; "
         f"{len(figures['seeds'])} seeds from {min(figures['seeds'])}; mode {config['mode']}; "
-        f"a budget of {config['runs']:g} runs. Steered by {who}."
+        f"a budget of {config['runs']:g} runs. Steered by {who}"
+        f"{', the policy shipped before' if former(suite) else ''}."
     )
 
 
@@ -154,7 +168,7 @@ def worth(suite: Suite) -> str:
 
 def by_job(suite: Suite) -> str:
     """The tuner against the user's own schedule, job by job."""
-    name = policy(suite)
+    name = name_of(suite)
     found = suite["figures"]["judged"][name]["jobs"] if name else {}
     told = []
     for job, of in found.items():
@@ -188,7 +202,7 @@ def _harm(found: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 def ablations(suite: Suite) -> str:
     """The tuner against itself without its eyes, and against what needs no learning."""
-    name, figures = policy(suite), suite["figures"]
+    name, figures = name_of(suite), suite["figures"]
     if name is None:
         return ""
     others = (f"{name} shuffled", "random-actions", "rule")
