@@ -205,6 +205,8 @@ class TorchJob:
     def _fit(self, knobs: Knobs, now: Knobs) -> Knobs:
         """The knobs that this run can have; its objective has no beta."""
         own = now.head_rate if knobs.head_rate is None else knobs.head_rate
+        if len(self._head) == len(self._parameters):
+            own = None  # nothing else is in training: there is no other rate
         return self._parts.fit(knobs, now).having(beta=None, head_rate=own)
 
     def _set_mode(self, mode: Literal["train", "eval"]) -> None:

@@ -46,6 +46,11 @@ class Layout:
         return [slice(place.start, place.stop) for name, place in self.places.items()
                 if name.startswith("head.")]  # fmt: skip
 
+    @property
+    def alone(self) -> bool:
+        """Whether the head is all that is trained."""
+        return self.table is None and all(name.startswith("head.") for name in self.places)
+
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """(runs, width) -> the weights by name, (runs, *shape) each, sharing memory."""
         return {name: self.view(rows, name) for name in self.places}

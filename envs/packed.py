@@ -127,9 +127,9 @@ class Pack:
     def open(self, lane: int, task: Task, seed: int, knobs: Knobs) -> None:
         """Begin a run: pretrained weights, a new head, a new data order.
 
-        Of the dials it has weight decay and clipping alone.
+        Of the dials it has weight decay, clipping and the head's rate.
         """
-        knobs = _own(knobs)
+        knobs = self._own(knobs)
         if family(task) != self.family:
             raise BadInput(f"pack: {family(task)} cannot share one with {self.family}")
         load = workload.load(task)
@@ -207,7 +207,7 @@ class Pack:
     def apply(self, lane: int, knobs: Knobs) -> None:
         """Put settings in force; a new optimizer inherits the old one's moments."""
         run, old = self._run(lane), self._run(lane).knobs
-        knobs = _own(knobs)
+        knobs = self._own(knobs)
         if knobs.head_rate is None:
             knobs = knobs.having(head_rate=old.head_rate)
         changed = (knobs.optimizer, knobs.weight_decay) != (old.optimizer, old.weight_decay)
@@ -255,6 +255,12 @@ class Pack:
         return found
 
     # -- behind them -------------------------------------------------------------------------
+
+    def _own(self, knobs: Knobs) -> Knobs:
+        """The knobs that a run in a pack has."""
+        knobs = knobs.having(adapter_scale=None, beta=None, depth=None)
+        alone = self._layout.alone  # there is no rate that the head's could be a multiple of
+        return knobs.having(head_rate=None) if alone else knobs
 
     def _run(self, lane: int) -> _Run:
         run = self._runs[lane]
@@ -351,11 +357,6 @@ class Pack:
             cosine=cosine,
             finite=math.isfinite(row[longest]),
         )
-
-
-def _own(knobs: Knobs) -> Knobs:
-    """The knobs that a run in a pack has."""
-    return knobs.having(adapter_scale=None, beta=None, depth=None)
 
 
 class _Look:

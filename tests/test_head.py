@@ -95,6 +95,15 @@ def test_a_pack_lifts_the_heads_of_those_runs_that_ask_for_it(tiny_task, kind):
         assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
+def test_a_head_that_is_trained_alone_has_no_rate_of_its_own(tiny_task):
+    lockstep = Lockstep(Plan("cpu", 2))
+    for make in (TorchJob, lockstep.open):
+        job = make(tiny_task(trainable_layers=0), 3, Knobs(1e-2, head_rate=10.0))
+        assert job.knobs.head_rate is None
+        job.apply(Knobs(1e-2, head_rate=10.0))
+        assert job.knobs.head_rate is None
+
+
 def test_a_head_at_its_own_rate_is_the_plain_run_bit_for_bit(tiny_task):
     jobs = [TorchJob(tiny_task(), 3, Knobs(1e-2, head_rate=head)) for head in (None, 1.0)]
     assert jobs[0].advance(4).losses == jobs[1].advance(4).losses
