@@ -37,7 +37,7 @@ class TabularConfig:
     floor: float = 0.02
     explore_from: float = 1.0  # epsilon at the start, and at the end of the training
     explore_to: float = 0.05
-    regret: float = 0.3  # what an action that was never shown is thought to cost
+    regret: float = 1.0  # what an action that was never shown is thought to cost
     lessons: int = 10  # updates that what was shown counts for
     bins: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("rate_vs_reference", (-1.25, -0.75, -0.42, -0.25, -0.05, 0.05, 0.25, 0.75, 1.25)),
