@@ -9,6 +9,7 @@ from baselines.figures import percent, spread, trials
 
 Suite = Mapping[str, Any]  # a suite's part of results/evidence.json
 UNKNOWN = "not measured"
+ROUNDING = 1e-9  # of a mean of whole and half wins
 
 
 class Reading(NamedTuple):
@@ -88,7 +89,8 @@ def better(other: Callable[[str], str], least: float, above: float = -math.inf) 
         chance = found["chance"].get(other(name)) if found and name else None
         if chance is None:
             return None
-        return Reading(spread(chance), chance["point"] >= least and chance["low"] > above)
+        reached = chance["point"] >= least - ROUNDING
+        return Reading(spread(chance), reached and chance["low"] > above)
 
     return read
 
