@@ -65,18 +65,20 @@ outcomes of all suites that were run.
 """
 WHY = """## Why bars are missed, as far as it is known
 
-- **Against the best fixed setting.** One rate, reached from anywhere, and a head's rate are all there
-  is to win here (`docs/experiments.md`: rates, shapes, decays), and they are the same for nearly all
-  jobs. The policy learned a good constant; the best fixed setting is one by construction. It aims a
-  quarter of a decade lower than these jobs would have liked; on the tasks for choosing both were equal.
+- **Against the best fixed setting.** One rate, reached from anywhere, and a head's rate are all
+  there is to win here (`docs/experiments.md`: rates, shapes, decays), and they are the same for
+  nearly all jobs. The policy learned a good constant; the best fixed setting is one by
+  construction. It aims a quarter of a decade lower than these jobs would have liked; on the tasks
+  for choosing both were equal.
 - **The lower end of trials to match.** Six jobs of five seeds: one job's seeds decide whether a
-  searcher of 32 trials is ever matched. The searcher's selection among 32 checkpoints by its own rows
-  also wins where a steered run has one.
-- **Harm in mode careful.** Worse by 1 % is within the luck of a seed: it befalls the same schedule with
-  another seed three times as often. A mode that reaches 2 % hardly acts, and was better in half of the
-  runs, as one that does nothing is.
-- **A language model and DPO.** The policy was trained on classification; what it does to the rate near
-  a right one is noise there. What may help: other objectives in the training, in mode careful.
+  searcher of 32 trials is ever matched. The searcher's selection among 32 checkpoints by its own
+  rows also wins where a steered run has one.
+- **Harm in mode careful.** Worse by 1 % is within the luck of a seed: it befalls the same
+  schedule with another seed three times as often. A mode that reaches 2 % hardly acts, and was
+  better in half of the runs, as one that does nothing is.
+- **A language model and DPO.** The policy was trained on classification; what it does to the rate
+  near a right one is noise there. What may help: other objectives in the training, in mode
+  careful.
 """
 WAYS = {
     "match": "Trials to match, of all trials of a searcher",
