@@ -249,7 +249,8 @@ def test_imitation_teaches_the_way_to_the_best_rate(config):
         actions.multipliers.index(x) for x in (10.0, 1.0, 0.1, 0.03)
     ]
     row = int(table.states(seen)[0])
-    assert table.table[row].max() > -0.15  # the teacher's, of a cell in which it does not differ
+    half = -table.config.regret / 2
+    assert table.table[row].max() > half  # the teacher's, of a cell in which it does not differ
     assert table.table[row].min() == -table.config.regret  # never shown
     with pytest.raises(BadInput, match="imitate"):
         config(agent="dqn", imitate=True).check()
