@@ -28,11 +28,12 @@ class Handles:
     def __init__(
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
         *, trainer: Any = None, decays: list[float] | None = None, kind: str = "",
-        scales: list[float] | None = None, headed: bool | None = None,
+        scales: list[float] | None = None, headed: bool | None = None, adapter: str = "full",
     ) -> None:  # fmt: skip
         """actions: the policy's. decays, kind, scales: the user's, where a checkpoint has others.
 
-        headed: whether there was a new head when the run that is taken up began.
+        headed: whether there was a new head when the run that is taken up began. adapter: ``lora``
+        or ``full``, for what the actions open a run with.
 
         In several processes layers stay as they are: each waits for the gradients of all.
         """
@@ -79,7 +80,6 @@ class Handles:
             "head_rate": head,
         }
         self.dials = tuple(name for name, able in can.items() if able)
-        adapter = "lora" if self._parts.scales else "full"
         self.opening = self.given.having(
             **{
                 name: DIALS[name].turned(getattr(self.given, name), amount)

@@ -1,6 +1,7 @@
 """Layout: where each trained weight of a run lies in its flat row."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class Layout:
         """A column that is always zero, for padding."""
         return self.width - 1
 
-    @property
+    @cached_property
     def head(self) -> list[slice]:
         """Columns of the head."""
         return [slice(place.start, place.stop) for name, place in self.places.items()

@@ -71,12 +71,11 @@ class TrainerJob:
         self._knobs = in_force(trainer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._knobs = self._knobs.having(
-            adapter_scale=None, depth=None, head_rate=self._head_rate(self._knobs.head_rate)
-        )
         if not self._parameters:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
+        head = self._head_rate(self._knobs.head_rate, found["adapter"])
+        self._knobs = self._knobs.having(adapter_scale=None, depth=None, head_rate=head)
         self._context = Context(
             total=task.steps,
             decisions=task.decisions,
@@ -137,15 +136,15 @@ class TrainerJob:
             finite=finite(self._parameters),
         )
 
-    def _head_rate(self, times: float | None) -> float | None:
+    def _head_rate(self, times: float | None, adapter: str) -> float | None:
         """What the head's rate is opened with: of a new one, where all weights have one rate."""
         head, optimizer = head_of(self._model), self._setup.trainer.optimizer
         if times is None or not is_new(self._model, head):
             return None
         if optimizer is not None and not Lift(head, optimizer).able:
             return None
-        lora = any("lora_" in name for name, _ in self._model.named_parameters())
-        return times / LORA if lora and self.task.adapter != "lora" else times  # a factory's model
+        unknown = adapter == "lora" != self.task.adapter  # a factory's model: the task knew nothing
+        return times / LORA if unknown else times
 
     def _run(self) -> None:
         """Let the loop go on to its next halt, or to its end."""

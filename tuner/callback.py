@@ -179,6 +179,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             start,
             within(manifest.actions, self._limits, found["adapter"]),
             trainer=self._trainer,
+            adapter=found["adapter"],
             **users,
         )
         self._hooks.callback(self._handles.close)
