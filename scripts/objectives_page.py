@@ -131,8 +131,9 @@ files and datasets, by the columns `text` and `label`.
 {places}
 
 A policy turns the knobs it was trained to turn. The one that is shipped, `default`, turns the rate
-{envelope()}, and leaves the schedule as it is. In mode explore it gives
-the new head of a classifier ten times the rate (twice with LoRA) from the first update on.
+{envelope()}, and leaves the schedule as it is. From the first
+update on the new head of a classifier gets ten times the rate in mode explore, three times in mode
+careful, and twice with LoRA.
 
 ## Engines
 
