@@ -68,9 +68,8 @@ WHY = """## Why bars are missed, as far as it is known
 - **Against the best fixed setting.** One rate, reached from anywhere, and a head's rate are all
   there is to win here (`docs/experiments.md`: rates, shapes, decays), and they are the same for
   nearly all jobs. The policy learned a good constant; the best fixed setting is one by
-  construction. It is a
-  cosine from the rule of thumb; the policy aims a quarter of a decade lower, which was no worse on
-  the tasks for choosing and is here.
+  construction. It is a cosine from the rule of thumb; the policy aims a quarter of a decade
+  lower, which was no worse on the tasks for choosing and is here.
 - **The lower end of trials to match.** Six jobs of five seeds: one job's seeds decide whether a
   searcher of 32 trials is ever matched. The searcher's selection among 32 checkpoints by its own
   rows also wins where a steered run has one.
