@@ -18,7 +18,6 @@ from envs import probe
 from envs.chance import put_back
 from envs.errors import BadInput
 from envs.files import write_atomic
-from envs.knobs import PREFERENCES
 from envs.processes import total, world
 from envs.shards import local, reshard, sharded
 from envs.snapshot import Snapshot
@@ -358,15 +357,31 @@ def listen(trainer: Any, tell: Callable[[Tensor], None]) -> Callable[[], None]:
     return end
 
 
-def objective_of(args: Any) -> str:
-    """What a Trainer's arguments say of its objective, as in `envs.task.Objective`.
+_TAUGHT = ("reward", "dpo", "kto", "sft", "grpo")  # by TRL, with a configuration of that name
+_NAMED = {
+    "TokenClassification": "tokens",
+    "CausalLM": "causal",
+    "LMHead": "causal",
+    "ConditionalGeneration": "translation",
+    "EncoderDecoder": "translation",
+}
 
-    TRL's preference trainers are told by the name of their configuration, a subclass's by its
-    bases'; anything else counts as "classification", whose rates serve for likelihoods too.
+
+def objective_of(args: Any, model: Any) -> str:
+    """What a Trainer's arguments and model say of its objective, as in `envs.task.Objective`.
+
+    TRL's trainers are told by the name of their configuration, a subclass's by its bases'; others
+    by the name of their model's class. What has no such name counts as "classification".
     """
-    names = {kind.__name__ for kind in type(args).__mro__}
-    known = (name for name in PREFERENCES if f"{name}config" in map(str.lower, names))
-    return next(known, "classification")
+    names = {kind.__name__.lower() for kind in type(args).__mro__}
+    inner = getattr(model, "module", model)
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if told := next((name for name in _TAUGHT if f"{name}config" in names), None):
+        return told
+    name, config = type(inner).__name__, getattr(inner, "config", None)
+    found = next((kind for word, kind in _NAMED.items() if word in name), "classification")
+    rates = found == "classification" and getattr(config, "num_labels", 2) == 1
+    return "regression" if rates else found
 
 
 def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> dict[str, Any]:

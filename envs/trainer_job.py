@@ -74,6 +74,8 @@ class TrainerJob:
         if not self._parameters:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
+        own = task.objective == "own"
+        objective = objective_of(trainer.args, self._model) if own else task.objective
         head = self._head_rate(self._knobs.head_rate, found["adapter"])
         self._knobs = self._knobs.having(adapter_scale=None, depth=None, head_rate=head)
         self._context = Context(
@@ -81,7 +83,7 @@ class TrainerJob:
             decisions=task.decisions,
             optimizer=self._knobs.optimizer,
             start_rate=self._start_rate,
-            objective=objective_of(trainer.args) if task.objective == "own" else task.objective,
+            objective=objective,
             **found,
         )
         self._switch = isinstance(trainer.optimizer, SwitchableOptimizer)

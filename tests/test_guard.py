@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from envs.env import EXPLORE
 from envs.errors import BadInput, UnknownName
-from envs.knobs import KEEP, Actions, Decision, Knobs, turn
+from envs.knobs import KEEP, Actions, Decision, Knobs, reference_rate, turn
 from envs.progress import Context, Progress
 from tuner.audit import Audit, replay
 from tuner.guard import (
@@ -267,6 +267,8 @@ def test_modes_have_names():
 class Table:
     """A policy that reads its action off the share of the run."""
 
+    objectives = frozenset()  # unknown
+
     def __init__(self, *actions, actions_as=None):
         self._actions = actions
         self.sha256 = "a" * 64
@@ -314,6 +316,41 @@ def test_the_log_has_a_line_a_decision_and_replays(tmp_path, view):
     lines[2]["applied"]["rate"] *= 2
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert any(line.startswith("step 20: applied") for line in replay(path, policy))
+
+
+@pytest.mark.parametrize(
+    ("known", "decades", "limits", "moved"),
+    [
+        ({"classification"}, 0.0, CAREFUL, True),
+        ({"causal"}, 0.0, CAREFUL, False),
+        ({"causal"}, 0.45, CAREFUL, False),
+        ({"causal"}, -0.45, CAREFUL, False),
+        ({"causal"}, 0.6, CAREFUL, True),
+        ({"causal"}, -0.6, CAREFUL, True),
+        ({"causal"}, 0.0, FAR, True),
+        (set(), 0.0, CAREFUL, True),
+    ],
+)
+def test_careful_leaves_a_sensible_rate_alone_where_it_was_not_trained(
+    tmp_path, known, decades, limits, moved
+):
+    policy = Table(2)
+    policy.objectives = frozenset(known)
+    start = reference_rate(CONTEXT.parameters, "adamw", "full") * 10**decades
+    context = replace(CONTEXT, start_rate=start)
+    helm = Helm(policy, limits, start, log=tmp_path / "log")
+    helm.start()
+    ruling = helm.decide([Progress(0, start, 1.0)], context, Knobs(rate=start))
+    assert (ruling.decision != KEEP) == moved
+    assert ("not trained on classification" in ruling.guard) == (not moved)
+    assert replay(tmp_path / "log", policy) == []
+
+
+def test_trouble_is_mended_where_it_was_not_trained_too():
+    _, ruling = rule(
+        NEW, KEEP, CAREFUL, rate=START, start=START, trouble="loss", foreign="not trained on it"
+    )
+    assert ruling.decision.rollback
 
 
 def test_advice_changes_nothing(tmp_path):

