@@ -32,7 +32,8 @@ LIMITS = """## Limits
 - It gives a classifier's new head ten times the rate from the first update on (twice, with LoRA),
   and turns the rate of all weights; optimizers other than AdamW it has not seen.
 - In mode `careful` the head gets three times the rate at most, the tuner acts only where it
-  clearly prefers to, and stays within 0.1 to 3 times of the user's schedule; out of the envelope
+  clearly prefers to, and stays within 0.1 to 3 times of the user's schedule; in runs of another
+  objective than classification it leaves a rate near the rule of thumb alone; out of the envelope
   above it eases back, and after three such observations in a row it is off.
 - One rate, set well, is nearly as good as each job's own best (`docs/experiments.md`): where the
   starting rate is right there is the head's rate to win, and that is the same for all jobs.
