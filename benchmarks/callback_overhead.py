@@ -59,8 +59,6 @@ TURN, OWN = range(2)  # what is told of a turn, by each clock: all of it, and th
 class Network:
     """A policy with the arithmetic of a trained one, two layers of 64, that steers gently."""
 
-    objectives: frozenset[str] = frozenset()  # unknown
-
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         shapes = ((64, SIZE), (64, 64), (Actions().size, 64))

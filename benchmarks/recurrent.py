@@ -109,8 +109,6 @@ class Memory:
 class RecurrentPilot:
     """What `Helm` asks of a policy, for one run. frame: its manifest and envelope are taken."""
 
-    objectives: frozenset[str] = frozenset()  # unknown
-
     memory: Memory
     frame: Policy
     sha256: str

@@ -125,9 +125,15 @@ def is_new(model: Any, head: Sequence[nn.Parameter]) -> bool:
         )
 
 
+def unwrapped(model: Any) -> Any:
+    """A model without DDP, `torch.compile` and PEFT around it."""
+    for wrapper in ("module", "_orig_mod"):
+        model = getattr(model, wrapper, model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _parts(model: Any) -> tuple[Any, nn.Module | None]:
     """A model without what wraps it, and its pretrained part if it names one."""
-    inner = getattr(model, "module", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = unwrapped(model)
     base = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
     return inner, base if isinstance(base, nn.Module) and base is not inner else None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import safetensors.torch
@@ -18,9 +18,11 @@ from envs import probe
 from envs.chance import put_back
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.head import unwrapped
 from envs.processes import total, world
 from envs.shards import local, reshard, sharded
 from envs.snapshot import Snapshot
+from envs.task import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -357,9 +359,12 @@ def listen(trainer: Any, tell: Callable[[Tensor], None]) -> Callable[[], None]:
     return end
 
 
-_TAUGHT = ("reward", "dpo", "kto", "sft", "grpo")  # by TRL, with a configuration of that name
+_TAUGHT = {"reward": "reward", "dpo": "dpo", "cpo": "dpo", "orpo": "dpo", "kto": "kto",
+           "sft": "sft", "grpo": "grpo", "rloo": "grpo"}  # by TRL's configuration  # fmt: skip
 _NAMED = {
-    "TokenClassification": "tokens",
+    "TokenClassifi": "tokens",
+    "Classifi": "classification",
+    "MultipleChoice": "classification",
     "CausalLM": "causal",
     "LMHead": "causal",
     "ConditionalGeneration": "translation",
@@ -371,16 +376,19 @@ def objective_of(args: Any, model: Any) -> str:
     """What a Trainer's arguments and model say of its objective, as in `envs.task.Objective`.
 
     TRL's trainers are told by the name of their configuration, a subclass's by its bases'; others
-    by the name of their model's class. What has no such name counts as "classification".
+    by their model: its ``objective``, or the name of its class. What says nothing is "own".
     """
-    names = {kind.__name__.lower() for kind in type(args).__mro__}
-    inner = getattr(model, "module", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if told := next((name for name in _TAUGHT if f"{name}config" in names), None):
+    names = {cls.__name__.lower() for cls in type(args).__mro__}
+    if told := next((kind for name, kind in _TAUGHT.items() if f"{name}config" in names), None):
         return told
+    inner = unwrapped(model)
+    if getattr(inner, "objective", None) in get_args(Objective):
+        return str(inner.objective)
     name, config = type(inner).__name__, getattr(inner, "config", None)
-    found = next((kind for word, kind in _NAMED.items() if word in name), "classification")
-    rates = found == "classification" and getattr(config, "num_labels", 2) == 1
+    found = next((kind for word, kind in _NAMED.items() if word in name), "own")
+    problem = getattr(config, "problem_type", None)
+    single = problem is None and getattr(config, "num_labels", 2) == 1
+    rates = found == "classification" and (problem == "regression" or single)
     return "regression" if rates else found
 
 

@@ -37,6 +37,7 @@ from envs.trainer_job import Setup
 class Regressor(nn.Module):
     """An encoder, the mean or the first of its token states, and one linear output."""
 
+    objective = "regression"
     base_model_prefix = workload.PREFIX
 
     def __init__(self, encoder: nn.Module, width: int, task: Task) -> None:
@@ -58,6 +59,7 @@ class Regressor(nn.Module):
 class Tagger(nn.Module):
     """An encoder and a linear layer on each token's state."""
 
+    objective = "tokens"
     base_model_prefix = workload.PREFIX
 
     def __init__(self, encoder: nn.Module, width: int, tags: int) -> None:

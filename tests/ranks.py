@@ -37,8 +37,6 @@ ACTIONS = (4, KEEP, 5, 2, ROLLBACK)
 class Pilot:
     """Decides by the share of the run that is done, and remembers what it saw."""
 
-    objectives = frozenset()  # unknown
-
     def __init__(self, scaling=False):
         """scaling: also turns LoRA's."""
         turns = (("adapter_scale", 2.0), ("adapter_scale", 0.5)) if scaling else ()

@@ -189,6 +189,11 @@ def test_a_comparison_with_ablations(tiny_task, tmp_path, monkeypatch):
         ("keep", False), ("range-test", False), ("steersman", True),
         ("steersman shuffled", False), ("random-actions", False), ("rule", False),
     }  # fmt: skip
+    guards = [
+        point["guard"] for each in found for trial in each["trials"] for point in trial["curve"]
+    ]
+    assert any(guards)
+    assert not any(guard.startswith("off: failed") for guard in guards)
     summary = write_report(tmp_path)
     assert summary["steered"] == "steersman"
     assert {row["name"]: row["kind"] for row in summary["methods"]}["rule"] == "schedule"

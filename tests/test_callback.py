@@ -49,8 +49,6 @@ STEPS, BATCH, EVERY = 30, 8, 3
 class Stub:
     """A policy that is a function of the observation, and remembers what it saw."""
 
-    objectives = frozenset()  # unknown
-
     def __init__(self, choose=lambda seen: KEEP, outside=lambda seen: [], decisions=10):
         self._choose, self._outside = choose, outside
         self.manifest = SimpleNamespace(actions=Actions(), decisions=decisions, features=())

@@ -378,8 +378,6 @@ def test_a_choice_for_each_knob_is_bounded_knob_by_knob():
 class Turning:
     """Turns the weight decay each time."""
 
-    objectives = frozenset()  # unknown
-
     sha256 = "a" * 64
     manifest = SimpleNamespace(actions=ACTIONS, decisions=10)
 

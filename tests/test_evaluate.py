@@ -40,8 +40,6 @@ class TestSeveralSteeredRuns(MethodConformance):
 class Scripted:
     """A policy that takes given actions in turn, and is never out of range."""
 
-    objectives = frozenset()  # unknown
-
     def __init__(self, actions):
         self.manifest, self.sha256 = example("ppo").manifest, "0" * 64
         self._actions, self.seen = iter(actions), []

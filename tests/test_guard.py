@@ -267,8 +267,6 @@ def test_modes_have_names():
 class Table:
     """A policy that reads its action off the share of the run."""
 
-    objectives = frozenset()  # unknown
-
     def __init__(self, *actions, actions_as=None):
         self._actions = actions
         self.sha256 = "a" * 64

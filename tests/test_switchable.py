@@ -272,8 +272,6 @@ def test_a_policy_that_fails_leaves_the_users_settings(task, tmp_path):  # noqa:
 class Always:
     """Wants the same always, in the second half of a run with a broken policy."""
 
-    objectives = frozenset()  # unknown
-
     sha256 = "a" * 64
 
     def __init__(self, name, broken=False):

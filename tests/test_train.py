@@ -286,8 +286,6 @@ def test_fifty_kills_leave_the_same_artifact(config, tmp_path, agent):
         import torch; torch.set_num_threads(1)
         from pathlib import Path
         from tuner.curriculum import TrainConfig
-from tuner.imitation import lessons, teacher
-from tuner.policy import PLACES
         from tuner.train import train
         config = TrainConfig.model_validate_json({settings.model_dump_json()!r})
         train(config, Path({str(tmp_path / "killed")!r}))

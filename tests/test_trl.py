@@ -14,6 +14,7 @@ from fakes import overheard
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     TrainerCallback,
@@ -39,8 +40,6 @@ KEEP, UP = 3, 4
 
 class Pilot:
     """Raises the rate at every decision but the first, and remembers what it saw."""
-
-    objectives = frozenset()  # unknown
 
     def __init__(self, low=0.0):
         features = [SimpleNamespace(name=f.name, low=low, mean=0, deviation=1) for f in FEATURES]
@@ -311,22 +310,25 @@ def test_an_objective_is_told_by_the_configuration_or_the_model(words, tmp_path)
 
     model = model_of(words)
     names = {"dpo": trl.DPOConfig, "reward": trl.RewardConfig, "kto": trl.KTOConfig,
-             "sft": trl.SFTConfig}  # fmt: skip
+             "sft": trl.SFTConfig, "grpo": trl.RLOOConfig}  # fmt: skip
     for objective, config in names.items():
         args = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
         assert objective_of(args, model) == objective
     own = Own(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert objective_of(own, model) == "dpo"
     plain = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    assert objective_of(plain, model) == "causal"
-    for objective, kind, labels in (
-        ("classification", LlamaForSequenceClassification, 2),
-        ("regression", LlamaForSequenceClassification, 1),
-        ("tokens", LlamaForTokenClassification, 2),
+    assert objective_of(plain, torch.compile(model)) == "causal"
+    for objective, kind, labels, problem in (
+        ("classification", LlamaForSequenceClassification, 2, None),
+        ("classification", LlamaForSequenceClassification, 1, "multi_label_classification"),
+        ("regression", LlamaForSequenceClassification, 1, None),
+        ("regression", LlamaForSequenceClassification, 3, "regression"),
+        ("tokens", LlamaForTokenClassification, 2, None),
+        ("own", LlamaForQuestionAnswering, 2, None),
     ):
-        model.config.num_labels = labels
+        model.config.num_labels, model.config.problem_type = labels, problem
         assert objective_of(plain, kind(model.config)) == objective
-    assert objective_of(plain, torch.nn.Linear(2, 2)) == "classification"
+    assert objective_of(plain, torch.nn.Linear(2, 2)) == "own"
 
 
 def test_one_output_counts_as_two_classes(words, tmp_path):

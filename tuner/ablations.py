@@ -39,6 +39,7 @@ class Stand:
     choose: Callable[[Observation], Action]
     sha256: str = ""
     strange: Callable[[ArrayLike], list[str]] = field(default=lambda observation: [])
+    objectives: frozenset[str] = frozenset()  # none: it has a say everywhere
 
     def act(self, observation: ArrayLike) -> Action:
         """(SIZE,) -> an action."""
@@ -96,7 +97,9 @@ class Shuffled:
             return self.policy.act(seen[rng.integers(len(seen))])
 
         manifest = Manifest(self.policy.manifest.actions)
-        return Stand(manifest, choose, self.policy.sha256, self.policy.outside)
+        return Stand(
+            manifest, choose, self.policy.sha256, self.policy.outside, self.policy.objectives
+        )
 
 
 def pool(policy: Policy) -> Observation:

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class Pilot(Protocol):
-    """What `Helm` asks of a policy; `tuner.policy.Policy` has it."""
+    """What `Helm` asks of a policy; `tuner.policy.Policy` has it.
+
+    It may have ``objectives``, too: what it was trained on, as in `envs.task.Objective`.
+    """
 
     @property
     def manifest(self) -> Any:
@@ -29,10 +32,6 @@ class Pilot(Protocol):
     @property
     def sha256(self) -> str:
         """Of the artifact."""
-
-    @property
-    def objectives(self) -> frozenset[str]:
-        """What it was trained on, as in `envs.task.Objective`; empty if unknown."""
 
     def act(self, observation: ArrayLike) -> "int | NDArray[np.float32]":
         """An observation's action."""

@@ -81,9 +81,9 @@ class TunerCallback(TrainerCallback, ExportableState):
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
             (``models:/``, ``runs:/``), or a loaded policy.
         mode: ``careful`` (0.1 to 3 times the schedule, small steps; a new head's rate at most
-            three times as high; near the rule of thumb nothing at all where the policy was not
-            trained on the run's objective) or ``explore`` (1.5 decades either way, and rollbacks; a new
-            head's rate as the policy has it), for those who do not trust their rate.
+            three times as high; a rate near the rule of thumb is left alone where the policy was
+            not trained on the run's objective) or ``explore`` (1.5 decades either way, and
+            rollbacks; a new head's rate as the policy has it), for those who do not trust theirs.
         advise: only write the log; the run is bit for bit the one without the callback.
         decisions: how often to decide in the run; by default as in the policy's training.
         classes: number of classes; by default as the model's configuration has it.

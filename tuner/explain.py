@@ -88,6 +88,7 @@ def _facts(policy: Policy) -> Table:
     rows = {
         "algorithm": manifest.algorithm,
         "trained on": ", ".join(map(str, tasks)) if isinstance(tasks, list) else "",
+        "objectives": ", ".join(sorted(policy.objectives)),
         "episodes": origin.get("episodes", ""),
         "cost": f"{origin.get('seconds', 0)} s",
         "opens runs with": ", ".join(map(label, manifest.actions.opens)) or "nothing",

@@ -83,8 +83,10 @@ class Policy:
     def objectives(self) -> frozenset[str]:
         """What it was trained on, as in `envs.task.Objective`; empty where its file does not say.
 
-        Data of one's own is a classification, as everywhere.
+        Data of one's own is a classification, as everywhere; so are the runs of a lesson alone.
         """
+        if self.manifest.algorithm == "imitation":
+            return frozenset({"classification"})
         config = self.manifest.provenance.get("config")
         given = config if isinstance(config, dict) else {}
         tasks = [each for key in ("tasks", "larger") for each in _listed(given.get(key))]

@@ -14,6 +14,7 @@ from envs.errors import BadInput
 from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
+from envs.task import kind
 from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
 from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
 from tuner.policy import PLACES
@@ -180,9 +181,9 @@ class Helm:
 
     def _foreign(self, context: Context, observation: NDArray[np.float32]) -> str:
         """Why this run is none for the policy to steer; empty if it is."""
-        known = self.policy.objectives
+        known = {kind(each) for each in getattr(self.policy, "objectives", ())}
         near = abs(observation[PLACES["rate_vs_reference"]]) < self.limits.near
-        if not near or not known or context.objective in known:
+        if not near or not known or kind(context.objective) in known:
             return ""
         return f"near the rule of thumb, and not trained on {context.objective}"
 

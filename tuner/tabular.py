@@ -39,6 +39,7 @@ class TabularConfig:
     explore_to: float = 0.05
     regret: float = 1.0  # what an action that was never shown is thought to cost
     lessons: int = 10  # updates that what was shown counts for
+    # of the rate, where the lesson of `tuner.imitation` changes its mind under nine multipliers
     bins: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("rate_vs_reference", (-1.3, -0.8, -0.4, -0.2, -0.08, 0.03, 0.31, 0.7, 1.2)),
         ("progress", (0.05, 0.5)),
