@@ -10,6 +10,7 @@ results/headroom.json. The rate that is best over all is what `tuner.imitation` 
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,21 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tiny-64, head x10": {"model": "tiny-64", "head": 10.0},
     "tiny-32, LoRA, head x2": {"adapter": "lora", "head": 2.0},
     "tiny-32, LoRA, head x10": {"adapter": "lora", "head": 10.0},
+    "tiny-128, head x10": {"model": "tiny-128", "head": 10.0},
+    "tiny-32, head x10, batch 8": {"batch": 8, "head": 10.0},
+    "tiny-32, head x10, batch 64": {"batch": 64, "head": 10.0},
+    "tiny-32, head x10, 400 steps": {"steps": 400, "interval": 40, "head": 10.0},
+    "tiny-32, head x10, RMSprop": {"optimizer": "rmsprop", "head": 10.0},
 }
 
 
 def scores(changes: Mapping[str, Any], out: Path, workers: int) -> np.ndarray:
     """Test scores of every rate: (rates, tasks, seeds). head: times the rate, for the new head."""
-    head = changes.get("head")
+    given = dict(changes)
+    head, optimizer = given.pop("head", None), given.pop("optimizer", "adamw")
     own = "" if head is None else f", head x{head:g}"
-    methods = [
-        Fixed(Knobs(10.0**d, "linear", head_rate=head), True, f"{d:+g}{own}") for d in DECADES
-    ]
-    given = {key: value for key, value in changes.items() if key != "head"}
+    knobs = Knobs(optimizer=optimizer, head_rate=head)
+    methods = [Fixed(replace(knobs, rate=10.0**d), True, f"{d:+g}{own}") for d in DECADES]
     tasks = [find(name, **given) for name in TRAINED]
     found = compare(
         methods, tasks, SEEDS, out / "ledger.sqlite", runs=1, workers=workers, pack=8, compiled=True
