@@ -15,18 +15,28 @@ LEAST = 1e-3  # of 1 - reward, so that it has a logarithm
 class Gauge:
     """The loss; but the reward where there is one, as with GRPO and RLOO: there it is no measure.
 
-    ``1 - reward`` if the run's first reward is within [0, 1], else ``log(1 + exp(-reward))``.
+    ``1 - reward`` if the run's first reward is within [0, 1], else ``log(1 + exp(-reward))``. A
+    line without one, as of an update that reuses completions, says nothing then.
     """
 
     bounded: bool | None = None  # rewards are within [0, 1]; None before the first
+    rewarded: bool = False  # a line had a reward, be it None
+    missed: bool = False  # one had None or NaN, and it was said
 
     def cost(self, logs: Mapping[str, Any], prefix: str = "") -> float | None:
         """Lower is better; None where the line has none. prefix: of the names in the line."""
         if f"{prefix}reward" not in logs:
-            loss = logs.get(f"{prefix}loss")
+            loss = None if self.rewarded else logs.get(f"{prefix}loss")
             return None if loss is None else float(loss)
-        given = logs[f"{prefix}reward"]
+        self.rewarded, given = True, logs[f"{prefix}reward"]
         if given is None or not math.isfinite(given):
+            if not self.missed:
+                logger.warning(
+                    "reward: %s is the mean since the last line of the log: the tuner does not "
+                    "know how the run does; let the reward functions return finite numbers",
+                    given,
+                )
+            self.missed = True
             return None
         reward = float(given)
         if self.bounded is None:

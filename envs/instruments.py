@@ -257,8 +257,6 @@ class Slice:
     def _collated(self, loader: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
         names = getattr(getattr(loader, "dataset", None), "column_names", None)
         count = min(self._rows, len(self._dataset))
-        if not count:
-            raise BadInput("callback: eval_dataset: no rows; give some, or leave it out")
         for start in range(0, count, self._size):
             rows = [self._dataset[i] for i in range(start, min(start + self._size, count))]
             if names:

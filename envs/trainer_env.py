@@ -114,8 +114,13 @@ def score(trainer: Any, split: Split, gauge: Gauge | None = None) -> Score:
         trainer.get_eval_dataloader(data), "Evaluation", metric_key_prefix="eval"
     ).metrics
     if hasattr(trainer, "reward_funcs"):
-        reward = _reward(trainer)
-        cost = (gauge or Gauge()).cost({"reward": reward})
+        gauge, reward = gauge or Gauge(), _reward(trainer)
+        if gauge.bounded is None and not math.isfinite(reward):
+            raise BadInput(
+                f"trainer: reward_funcs: {reward} is the mean reward before training; let them "
+                "return finite numbers"
+            )
+        cost = gauge.cost({"reward": reward})
         return Score(math.nan if cost is None else cost, reward)
     if "eval_loss" not in told:
         raise BadInput(
@@ -142,4 +147,5 @@ def _reward(trainer: Any) -> float:
             f"trainer: {type(trainer).__name__} tells no reward of its evaluation; "
             "use TRL's GRPOTrainer or RLOOTrainer"
         )
-    return float(sum(rewards) / len(rewards))
+    known = [reward for reward in rewards if not math.isnan(reward)]  # as TRL's log has it
+    return float(sum(known) / len(known)) if known else math.nan

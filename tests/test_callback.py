@@ -652,6 +652,8 @@ def test_a_policy_never_trained_without_validation_losses_needs_some(task, tmp_p
     with pytest.raises(BadInput, match=r"callback: eval_dataset: there is none.*; give eval_data"):
         train(task, tmp_path, TunerCallback(policy(1.0)))
     train(task, tmp_path, TunerCallback(policy(1.0), eval_dataset=own(task)))
+    with pytest.raises(BadInput, match=r"callback: eval_dataset: no rows .*; give some, or leave"):
+        train(task, tmp_path, TunerCallback(policy(0.0), eval_dataset=[]))
     train(task, tmp_path, TunerCallback(policy(1.0)), eval_strategy="steps", eval_steps=3)
     assert "no validation losses" not in caplog.text
     train(task, tmp_path, TunerCallback(policy(0.0)))
@@ -707,7 +709,9 @@ def test_what_a_log_line_says_of_the_cost(caplog):
     inside = Gauge()
     lines = [{"loss": 9.0, "reward": r} for r in (None, math.nan, 0.25, 1.0, 3.0, -0.5)]
     assert [inside.cost(line) for line in lines] == [None, None, 0.75, 1e-3, 1e-3, 1.5]
-    assert not caplog.text
+    assert inside.cost({"loss": 9.0}) is None
+    assert caplog.messages == [m for m in caplog.messages if "reward: None is the mean" in m]
+    assert len(caplog.messages) == 1
     outside = Gauge()
     costs = [outside.cost({"reward": r}) for r in (2.0, 0.0, -800.0)]
     assert costs == pytest.approx([math.log1p(math.exp(-2)), math.log(2), 800.0])

@@ -328,14 +328,15 @@ def test_an_optimizer_of_the_users_own_is_left_as_it_is(factory, kind):
     assert torch.equal(weights(env._job), plain)
 
 
-def test_a_trainer_that_learns_by_reward_is_judged_by_it(tmp_path):
-    """The loss of GRPO is about 0 and may be negative: one less the reward is the cost."""
+def vowels(completions, **_):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+
+def rewarded(tmp_path, reward):
+    """A seed -> a Trainer that learns by that reward."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     path = catalog.model_path("tiny-gpt-32")
     prompts = datasets.Dataset.from_dict({"prompt": ["a king", "the sea", "my house", "a word"]})
-
-    def vowels(completions, **_):
-        return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
     def make(seed):
         torch.manual_seed(seed)
@@ -347,11 +348,16 @@ def test_a_trainer_that_learns_by_reward_is_judged_by_it(tmp_path):
             per_device_eval_batch_size=4, activation_checkpointing=False,
         )  # fmt: skip
         return trl.GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(path), vowels, args, prompts, prompts,
+            AutoModelForCausalLM.from_pretrained(path), reward, args, prompts, prompts,
             processing_class=tokenizer,
         )  # fmt: skip
 
-    env = trainer_env(make, decisions=2, spread=0.0)
+    return make
+
+
+def test_a_trainer_that_learns_by_reward_is_judged_by_it(tmp_path):
+    """The loss of GRPO is about 0 and may be negative: one less the reward is the cost."""
+    env = trainer_env(rewarded(tmp_path, vowels), decisions=2, spread=0.0)
     env.reset(seed=0)
     for done in (False, True):
         info = env.step(KEEP)[2:]
@@ -361,6 +367,23 @@ def test_a_trainer_that_learns_by_reward_is_judged_by_it(tmp_path):
         assert info[2]["validation"] == pytest.approx(1 - info[2]["metric"])
     assert [len(report.losses) for report in env.history] == [0, 1, 1]
     assert all(0 < loss <= 1 for report in env.history for loss in report.losses)
+
+
+@pytest.mark.parametrize("paid", [None, math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_refused_before_the_run(tmp_path, paid):
+    """It would look like a run that diverged; for some texts, of which others judge, it may be."""
+    env = trainer_env(rewarded(tmp_path, lambda completions, **_: [paid] * len(completions)))
+    with pytest.raises(BadInput, match=r"trainer: reward_funcs: (nan|inf) is the mean reward befo"):
+        env.reset(seed=0)
+    asked = []
+
+    def some(completions, **_):
+        asked.append(1)
+        return vowels(completions) if len(asked) % 2 else [None] * len(completions)
+
+    _, info = trainer_env(rewarded(tmp_path, some)).reset(seed=0)
+    assert len(asked) > 1
+    assert 0 < info["validation"] < 1
 
 
 def test_what_cannot_be_an_environment_is_refused(factory):

@@ -194,6 +194,15 @@ def test_the_validation_loss_is_that_of_the_trainer(words, tmp_path):
     assert told[0][1] == pytest.approx(first["eval_loss"], rel=1e-5)
 
 
+def test_a_trainers_evaluation_data_without_rows_are_none(words, tmp_path, caplog):
+    trainer = trainer_of("Reward", words, tmp_path)
+    trainer.eval_dataset = trainer.eval_dataset.select([])
+    told, seen = steer(trainer)
+    assert len(told) == STEPS // EVERY
+    assert not seen[:, PLACE["has_validation"]].any()
+    assert "no validation losses" in caplog.text
+
+
 @pytest.mark.parametrize("every", [1, 3, 100])
 def test_without_the_trainer_the_log_tells(words, tmp_path, every):
     """At least one loss an interval, whatever the user logs; and the user's own evaluations."""
@@ -252,6 +261,64 @@ def test_a_reward_is_the_measure_where_there_is_one(words, tmp_path, caplog, nam
     assert len(costs) == STEPS - EVERY
     assert "reward" not in caplog.text
     assert len((tmp_path / LOG).read_text().splitlines()) == STEPS // EVERY
+
+
+@pytest.mark.parametrize("name", REINFORCED)
+def test_an_update_that_reuses_completions_tells_no_cost(words, tmp_path, name):
+    """TRL logs the loss alone there, and the loss is no measure."""
+    trainer = trainer_of(name, words, tmp_path, num_iterations=2)
+    told, _ = steer(trainer, given=False)
+    lines = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["reward" in line for line in lines] == [True, False] * (STEPS // 2)
+    costs = [x for interval, _ in told for x in interval]
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    np.testing.assert_allclose(costs, [1 - r for r in rewards[: len(costs)]], rtol=1e-6)
+    assert len(costs) == STEPS // EVERY - 1
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_of_the_callbacks_own_are_refused_where_there_is_a_reward(
+    words, tmp_path, caplog, given
+):
+    trainer = trainer_of("RLOO", words, tmp_path)
+    with pytest.raises(BadInput, match=r"eval_dataset: where there is a reward .*leave it out, an"):
+        steer(trainer, given, eval_dataset=trainer.eval_dataset)
+    assert not trainer.model._forward_hooks
+    trainer = trainer_of("RLOO", words, tmp_path, max_steps=1)
+    steer(trainer, given, decisions=1)
+    assert 'by training losses; let the Trainer evaluate (eval_strategy="steps")' in caplog.text
+
+
+def test_evaluations_by_reward_are_seen(words, tmp_path):
+    trainer = trainer_of("RLOO", words, tmp_path, eval_strategy="steps", eval_steps=2)
+    told, _ = steer(trainer, given=False)
+    found = [log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log]
+    assert [value for _, value in told[1:]] == pytest.approx([1 - r for r in found[:3]])
+
+
+@pytest.mark.parametrize("paid", [None, math.nan])
+def test_rewards_that_are_none_are_said_once_and_are_not_known(words, tmp_path, caplog, paid):
+    def silent(completions, **kwargs):
+        return [paid for _ in completions]
+
+    trainer = trainer_of("RLOO", words, tmp_path, reward=silent)
+    told, _ = steer(trainer, given=False)
+    assert trainer.state.global_step == STEPS
+    assert [interval for interval, _ in told] == [()] * (STEPS // EVERY)
+    assert caplog.text.count("reward: None is the mean since the last line of the log") == 1
+
+
+def test_a_reward_that_is_none_for_some_on_purpose_is_left_alone(words, tmp_path, caplog):
+    def first(completions, **kwargs):
+        return [0.5, *[None] * (len(completions) - 1)]
+
+    def rest(completions, **kwargs):
+        return [None, *[0.25] * (len(completions) - 1)]
+
+    trainer = trainer_of("RLOO", words, tmp_path, reward=[first, rest])
+    told, _ = steer(trainer, given=False)
+    assert [x for interval, _ in told for x in interval] == pytest.approx([1 - 1.25 / 4] * 6)
+    assert "reward" not in caplog.text
 
 
 @pytest.mark.slow

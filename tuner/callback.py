@@ -69,7 +69,8 @@ class TunerCallback(TrainerCallback, ExportableState):
     Where the loss is computed outside of the model, as TRL's Trainers do, a callback cannot see it:
     it goes by the logged losses, and asks for one an interval. ``trainer=`` gives it each update's
     loss, and validation losses on the Trainer's own evaluation data. Where there is a reward (GRPO,
-    RLOO) the loss is no measure: the cost is one less the logged reward.
+    RLOO) the loss is no measure: the cost is one less the logged reward, and the validation cost
+    that of the user's evaluations.
 
     A policy that was trained to may also give a new head a rate of its own from the first update
     on, turn weight decay, clipping, LoRA's scaling and the number of layers in training, and change
@@ -190,7 +191,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         )
         self._hooks.callback(sight.close)
         if not sight.own:
-            need_validation(args, manifest.features)
+            need_validation(args, manifest.features, sight.rewarded)
         interval = max(1, math.ceil(total / self._decisions))
         context = Context(
             total=total,

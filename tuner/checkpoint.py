@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import BadInput
-from envs.gauge import Gauge
 from envs.instruments import read_weights, write_weights
 from envs.knobs import Knobs
 from envs.snapshot import remember
@@ -72,7 +71,7 @@ def resume(crew: Crew, saved: dict[str, Any], folder: Path, step: int) -> None:
     sight.eyes.losses = list(saved["losses"])
     if not crew.helm.advise:
         crew.turn(knobs_of(saved, crew.handles.given))
-    sight.gauge = Gauge(saved.get("bounded"))
+    sight.gauge.bounded = saved.get("bounded")
     if saved.get("dropped"):
         sight.drop()
     crew.scale = saved.get("kept_scale")

@@ -10,7 +10,7 @@ from torch import nn
 from envs import probe
 from envs.errors import BadInput
 from envs.gauge import Gauge
-from envs.instruments import Eyes, Slice, listen
+from envs.instruments import Eyes, Slice, listen, objective_of
 from envs.job import finite
 from envs.processes import rank
 from envs.progress import Progress
@@ -29,16 +29,22 @@ class Sight:
         dataset: Any, rows: int,
     ) -> None:  # fmt: skip
         """dataset: its first ``rows`` rows are judged; None: the Trainer's own, if it is given."""
+        # the loss is no measure then
+        self.rewarded = hasattr(trainer, "reward_funcs") or objective_of(args, model) == "grpo"
+        if self.rewarded and dataset is not None:
+            raise BadInput(
+                "callback: eval_dataset: where there is a reward its rows have no loss that "
+                'counts; leave it out, and let the Trainer evaluate (eval_strategy="steps")'
+            )
+        judge = None if self.rewarded else trainer
+        self._slice = _slice(args, dataset, rows, judge)
+        self.own = self._slice is not None
         averaged = args.average_tokens_across_devices
         self.eyes = Eyes(model, args.gradient_accumulation_steps, averaged)
         self.gauge = Gauge()
         self.probe = probe.Probe()
         self._model, self._optimizer, self._loader = model, optimizer, loader
         self._trainer = trainer
-        rewarded = hasattr(trainer, "reward_funcs")  # there the loss is no measure
-        judge = None if rewarded else trainer
-        self._slice = _slice(args, dataset, rows, judge)
-        self.own = self._slice is not None
         self._deaf: Callable[[], None] | None = None  # takes the ear off the Trainer
         if judge is not None:
             self._deaf = listen(judge, self.eyes.see_step)
@@ -123,22 +129,24 @@ class Sight:
 
 
 def _slice(args: Any, dataset: Any, rows: int, judge: Any) -> Slice | None:
-    if dataset is None and judge is not None:
-        dataset = judge.eval_dataset
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        known = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        dataset = dataset if known else None
-    if dataset is None:
-        return None
-    return Slice(dataset, rows, args.per_device_eval_batch_size, judge)
+    found: Any = judge.eval_dataset if dataset is None and judge is not None else dataset
+    found = next(iter(found.values()), None) if isinstance(found, dict) else found
+    if hasattr(found, "__len__") and hasattr(found, "__getitem__") and len(found):
+        return Slice(found, rows, args.per_device_eval_batch_size, judge)
+    if dataset is not None:
+        raise BadInput(
+            "callback: eval_dataset: no rows that can be counted; give some, or leave it out"
+        )
+    return None
 
 
-def need_validation(args: Any, features: Iterable[Any]) -> None:
+def need_validation(args: Any, features: Iterable[Any], rewarded: bool) -> None:
     """Without validation losses only policies that were trained for it go on."""
     if args.eval_on_start or args.eval_strategy != "no":
         return
     known = next((each for each in features if each.name == "has_validation"), None)
-    way_out = "give eval_dataset=, or let the Trainer evaluate (eval_strategy)"
+    way_out = 'let the Trainer evaluate (eval_strategy="steps")'
+    way_out = way_out if rewarded else f"give eval_dataset=, or {way_out}"
     if known is not None and known.low > 0:
         raise BadInput(
             "callback: eval_dataset: there is none, the Trainer evaluates nothing, and the "
