@@ -116,6 +116,8 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
                 raise UnknownName("optimizer", optimizer, OPTIMIZERS)
         if shape not in (*SHAPES, "any"):
             raise UnknownName("schedule shape", shape, (*SHAPES, "any"))
+        if center is not None:
+            Knobs(rate=center)  # refuses what cannot train
         self.tasks = [find(name) for name in names]
         self.actions = actions or Actions()
         self.observation_space = space()
@@ -199,9 +201,10 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
         if shape == "any":
             shape = LIKELY[int(rng.integers(len(LIKELY)))]
         exponent = rng.uniform(-self._spread, self._spread)
-        ruler = self._center or reference_rate(
-            workload.parameters(task.model), optimizer, task.adapter, task.objective
-        )
+        ruler = self._center
+        if ruler is None:
+            size = workload.parameters(task.model)
+            ruler = reference_rate(size, optimizer, task.adapter, task.objective)
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)
         knobs = opened(

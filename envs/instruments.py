@@ -51,7 +51,11 @@ class Rates:
     @property
     def warming(self) -> bool:
         """Whether the schedule is still rising."""
-        shape, at = self._scheduler.lr_lambdas[self._at], self._scheduler.last_epoch
+        return self.rising(self._scheduler.last_epoch)
+
+    def rising(self, at: int) -> bool:
+        """Whether the update after ``at`` has more of the peak than that one."""
+        shape = self._scheduler.lr_lambdas[self._at]
         return bool(shape(at + 1) > shape(at))
 
     def put(self, rate: float) -> None:
@@ -390,18 +394,22 @@ def objective_of(args: Any, model: Any) -> str:
     return "regression" if rates else found
 
 
+def rows_of(dataset: Any, seen: int) -> int:
+    """A dataset's rows; a stream does not know its own, and has those that are ``seen``."""
+    try:
+        return len(dataset)
+    except (TypeError, AttributeError, NotImplementedError):
+        return seen
+
+
 def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> dict[str, Any]:
     """What a `Context` has of the model and the data. seen: rows of a run, for a stream's size."""
-    try:
-        rows = len(loader.dataset)
-    except (TypeError, AttributeError):
-        rows = seen
     named = getattr(getattr(model, "config", None), "num_labels", None) or 2
     known = classes or max(2, named)  # one output is a regression or a reward: it has no classes
     lora = any("lora_" in name for name, _ in model.named_parameters())
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "rows": rows,
+        "rows": rows_of(getattr(loader, "dataset", None), seen),
         "classes": int(known),
         "adapter": "lora" if lora else "full",
     }

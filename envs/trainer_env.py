@@ -5,13 +5,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from envs.chance import every, put_back
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.gauge import Gauge
-from envs.instruments import Rates
+from envs.instruments import Rates, rows_of
 from envs.job import Score
 from envs.knobs import Actions, Knobs, Optimizer, Shape
-from envs.task import Split, Task
+from envs.refusals import refuse_job
+from envs.task import SPLITS, Split, Task
 from envs.trainer_job import Setup, TrainerJob, in_force
 
 Factory = Callable[[int], Any]
@@ -40,11 +42,13 @@ def trainer_env(
         spread: half-width, in decades, of the starting rate around the Trainer's own.
 
     Raises:
-        BadInput: the Trainer has no evaluation data, or a schedule that cannot be scaled.
+        BadInput: the Trainer has no evaluation data or a schedule that cannot be scaled, or is none
+            that a job can be made of (`envs.refusals`).
     """
     if not isinstance(decisions, int) or decisions < 1:
         raise BadInput(f"environment: decisions: {decisions!r} is not a count; give 1 or more")
-    args, steps, rate, kind = _planned(trainer_factory)
+    with put_back(every()):
+        args, steps, rate, kind = _planned(trainer_factory)
     task = Task(
         dataset="trainer",
         model="own",
@@ -75,16 +79,11 @@ def _planned(factory: Factory) -> tuple[Any, int, float, Optimizer]:
                 f"environment: trainer_factory: gave a {type(trainer).__name__} without {name!r}; "
                 "let it return a transformers Trainer"
             )
-    if trainer.eval_dataset is None:
-        raise BadInput(
-            "environment: eval_dataset: the Trainer has none, so nothing says how good a run is; "
-            "give it one"
-        )
-    if trainer.model_init is not None:
-        raise BadInput(
-            "environment: model_init: the Trainer would make its model anew; make it in the "
-            "factory, from the seed"
-        )
+    refuse_job(trainer)
+    for split in SPLITS:
+        _data(trainer, split)
+    if trainer.optimizer is None:
+        Knobs(trainer.args.learning_rate)  # refuses what no optimizer takes
     planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     steps = int(planned[-1])
     kind = in_force(trainer, Knobs()).optimizer
@@ -98,7 +97,8 @@ def _prepare(factory: Factory, task: Task, seed: int, knobs: Knobs) -> Setup:
     trainer.args.logging_nan_inf_filter = False
     classes = getattr(getattr(trainer.model, "config", None), "num_labels", None)
     judge = partial(score, gauge=Gauge())
-    return Setup(trainer, judge, len(trainer.train_dataset), classes or 2)
+    seen = task.steps * trainer.get_total_train_batch_size(trainer.args)
+    return Setup(trainer, judge, rows_of(trainer.train_dataset, seen), classes or 2)
 
 
 def score(trainer: Any, split: Split, gauge: Gauge | None = None) -> Score:
@@ -107,9 +107,7 @@ def score(trainer: Any, split: Split, gauge: Gauge | None = None) -> Score:
     An ``eval_dataset`` that is a dictionary has a dataset for each split, or one is all. Of a
     Trainer that learns by reward, the cost that the gauge makes of the mean reward, and that.
     """
-    data = trainer.eval_dataset
-    if isinstance(data, dict):
-        data = data.get(split, next(iter(data.values())))
+    data = _data(trainer, split)
     told = trainer.evaluation_loop(
         trainer.get_eval_dataloader(data), "Evaluation", metric_key_prefix="eval"
     ).metrics
@@ -135,6 +133,19 @@ def score(trainer: Any, split: Split, gauge: Gauge | None = None) -> Score:
             "add what makes it so"
         )
     return Score(loss, others[0] if others else -loss)
+
+
+def _data(trainer: Any, split: Split) -> Any:
+    """The rows that say how good a run is."""
+    data = trainer.eval_dataset
+    if isinstance(data, dict):
+        data = data.get(split, next(iter(data.values()), None))
+    if data is None or not rows_of(data, seen=1):
+        lack = "the Trainer has none" if data is None else f"no rows in it for {split}"
+        raise BadInput(
+            f"trainer: eval_dataset: {lack}, so nothing says how good a run is; give it some"
+        )
+    return data
 
 
 def _reward(trainer: Any) -> float:

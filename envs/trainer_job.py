@@ -21,6 +21,7 @@ from envs.instruments import Eyes, Rates, describe, listen, objective_of
 from envs.job import Score, finite, spread
 from envs.knobs import LORA, OPTIMIZERS, Actions, Knobs, Optimizer
 from envs.progress import Context, Progress
+from envs.refusals import refuse_job
 from envs.snapshot import Snapshot, recall, remember
 from envs.switchable import SwitchableOptimizer
 from envs.task import Split, Task
@@ -68,6 +69,7 @@ class TrainerJob:
         with self._world.lent():
             self._setup = make(task, seed, self._knobs)
         trainer = self._setup.trainer
+        refuse_job(trainer)
         self._knobs = in_force(trainer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]

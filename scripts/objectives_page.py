@@ -9,9 +9,9 @@ from envs.dials import DIALS, REACH
 from envs.examples import FIELDS, KINDS
 from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR
 from envs.objectives import CARDS
+from envs.refusals import REFUSED
 from envs.task import OBJECTIVE_TASKS, TASKS
 from tuner import policy
-from tuner.callback import REFUSED
 
 PAGE = Path(__file__).parent.parent / "docs" / "objectives.md"
 ROLES = {

@@ -626,6 +626,26 @@ def test_never_raised_during_warm_up(task, tmp_path):
     assert ratio[9] == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("steps", [STEPS, 500])
+def test_a_warm_up_that_the_run_does_not_outlast_is_told(task, tmp_path, caplog, steps):
+    told = f"warmup_steps: {steps} in a run of {STEPS} updates: the rate never reaches its peak"
+    train(task, tmp_path, TunerCallback(Stub()), warmup_steps=steps, lr_scheduler_type="constant")
+    train(task, tmp_path, TunerCallback(Stub()), warmup_steps=STEPS - 1)
+    assert "warmup_steps" not in caplog.text
+    train(task, tmp_path, TunerCallback(Stub()), warmup_steps=steps)
+    assert caplog.text.count(told) == 1
+
+
+def test_updates_of_no_batches_are_refused(task, tmp_path):
+    match = "trainer: gradient_accumulation_steps: 0 is not a count; give 1 or more"
+    with pytest.raises(BadInput, match=match):
+        train(task, tmp_path, TunerCallback(Stub()), gradient_accumulation_steps=0)
+    trainer = train(task, tmp_path, max_steps=1)
+    trainer.args.gradient_accumulation_steps = 0
+    with pytest.raises(BadInput, match=match):
+        TunerCallback(Stub(), trainer=trainer)
+
+
 @pytest.mark.parametrize(
     "args",
     [

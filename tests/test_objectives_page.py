@@ -16,10 +16,11 @@ from envs.hardware import Plan
 from envs.job import TorchJob
 from envs.knobs import Actions, Knobs
 from envs.lockstep import Lockstep, PackedJob
+from envs.refusals import REFUSED
 from envs.switchable import SwitchableOptimizer
 from envs.task import OBJECTIVE_TASKS
 from envs.trainer_job import TrainerJob
-from tuner.callback import REFUSED, _check
+from tuner.callback import _check
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import random
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import DistributedType
 from gymnasium.utils.env_checker import check_env
 from job_conformance import SEED, STEPS, JobConformance
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +27,8 @@ from transformers import (
 from transformers.utils import logging
 
 from envs import catalog
+from envs.chance import put_back
+from envs.env import FineTuneEnv
 from envs.errors import BadInput, RunFailed
 from envs.knobs import Knobs
 from envs.switchable import SwitchableOptimizer
@@ -52,6 +56,16 @@ class Texts(Dataset):
         return self.rows[i]
 
 
+class Stream(IterableDataset):
+    """The same rows, without saying how many."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     path = tiny.write_data(tmp_path_factory.mktemp("own") / "words.csv", rows=ROWS + 40)
@@ -69,7 +83,8 @@ def factory(tmp_path_factory, texts):
     model = tiny.write_model(tmp_path_factory.mktemp("own") / "bert")
     folder = tmp_path_factory.mktemp("out")
 
-    def make(seed, kind=Trainer, callbacks=(), eval_dataset=texts.eval, **changes):
+    def make(seed, kind=Trainer, callbacks=(), train=texts.train, eval_dataset=texts.eval,
+             **changes):  # fmt: skip
         torch.manual_seed(seed)
         settings = {
             "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8,
@@ -79,7 +94,7 @@ def factory(tmp_path_factory, texts):
         return kind(
             model=AutoModelForSequenceClassification.from_pretrained(model, num_labels=3),
             args=TrainingArguments(**settings),
-            train_dataset=texts.train,
+            train_dataset=train,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
         )
@@ -119,6 +134,10 @@ class TestTrainerJob(JobConformance):
 )  # fmt: skip
 def test_left_alone_it_is_the_plain_run_to_the_bit(factory, changes):
     """With evaluations and snapshots in between."""
+    _is_the_plain_run(factory, **changes)
+
+
+def _is_the_plain_run(factory, **changes):
     job = opened(factory, **changes)
     for _ in range(3):
         job.evaluate("validation")
@@ -128,6 +147,20 @@ def test_left_alone_it_is_the_plain_run_to_the_bit(factory, changes):
     trainer.train()
     plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
     assert torch.equal(weights(job), plain)
+
+
+def test_a_stream_of_rows_is_trained_and_judged_on(factory, texts):
+    """It has as many rows as the run sees."""
+    streams = {"train": Stream(texts.train.rows), "eval_dataset": Stream(texts.eval.rows)}
+    _is_the_plain_run(factory, **streams)
+    env = trainer_env(lambda seed: factory(seed, **streams), decisions=3, spread=0.0)
+    env.reset(seed=0)
+    assert env.context.rows == STEPS * 8
+    assert math.isfinite(env.step(KEEP)[4]["validation"])
+    halves = streams | {"gradient_accumulation_steps": 2}
+    env = trainer_env(lambda seed: factory(seed, **halves), decisions=3)
+    env.reset(seed=0)
+    assert env.context.rows == STEPS * 16
 
 
 def test_the_losses_are_those_of_the_updates(factory):
@@ -282,6 +315,18 @@ def test_the_registered_environment_passes_the_checker(factory):
     check_env(env.unwrapped, skip_render_check=True)
 
 
+def test_to_make_one_leaves_the_callers_random_states_alone(factory):
+    def drawn():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    with put_back([]):
+        random.seed(99), np.random.seed(99), torch.manual_seed(99)
+        with put_back([]):
+            wanted = drawn()
+        gymnasium.make("Steersman/Trainer-v0", trainer_factory=factory)
+        assert drawn() == wanted
+
+
 def test_an_episode_of_keep_is_the_users_own_run(factory):
     env = trainer_env(factory, decisions=3, spread=0.0)
     env.reset(seed=0)
@@ -394,13 +439,48 @@ def test_what_cannot_be_an_environment_is_refused(factory):
     with pytest.raises(BadInput, match="decisions: 0 is not a count"):
         trainer_env(factory, decisions=0)
 
-    def initialised(seed):
-        trainer = factory(seed)
-        trainer.model_init = lambda: trainer.model
-        return trainer
-
-    with pytest.raises(BadInput, match="model_init"):
-        trainer_env(initialised)
+    some = Texts([{"labels": 0}])
+    for empty, lack in (
+        ({}, "the Trainer has none"), (Texts([]), "no rows in it for train"),
+        ({"rest": some, "validation": Texts([])}, "no rows in it for validation"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=f"eval_dataset: {lack}, so nothing says how good"):
+            trainer_env(lambda seed, empty=empty: factory(seed, eval_dataset=empty))
+    with pytest.raises(BadInput, match="eval_dataset: no rows in it for test, so nothing says"):
+        opened(factory, eval_dataset=Texts([])).evaluate("test")
+    for rate in (0.0, math.nan):
+        with pytest.raises(BadInput, match=rf"rate: {rate} cannot train anything; give a number"):
+            trainer_env(lambda seed, rate=rate: factory(seed, learning_rate=rate))
+        with pytest.raises(BadInput, match=rf"rate: {rate} cannot train anything; give a number"):
+            FineTuneEnv(center=rate)
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
     with pytest.raises(BadInput, match="lr_scheduler_type: ReduceLROnPlateau cannot be scaled"):
         trainer_env(lambda seed: factory(seed, **plateau))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "problem"),
+    [("DEEPSPEED", 1, "deepspeed: a job needs whole weights in one process"),
+     ("FSDP", 1, "fsdp: a job needs whole"), ("MULTI_CPU", 2, "multi_cpu: a job needs whole"),
+     ("NO", 1, "model_init: the Trainer would make its model anew"),
+     ("NO", 0, "gradient_accumulation_steps: 0 is not a count; give 1 or more")],
+)  # fmt: skip
+def test_a_trainer_that_cannot_be_a_job_is_refused(factory, kind, count, problem):
+    """As a job and as an environment."""
+
+    class Spread(TrainingArguments):
+        world_size = count
+
+    def make(seed, **changes):
+        trainer = factory(seed, **changes)
+        if kind == "NO":
+            trainer.args.gradient_accumulation_steps = count
+            trainer.model_init = lambda: trainer.model
+        else:
+            trainer.args.__class__ = Spread
+            trainer.accelerator = SimpleNamespace(distributed_type=DistributedType[kind])
+        return trainer
+
+    for refused in (trainer_env, opened):
+        with pytest.raises(BadInput, match=f"trainer: {problem}"):
+            refused(make)

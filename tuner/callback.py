@@ -17,6 +17,7 @@ from envs.handles import Handles
 from envs.instruments import Rates, describe, objective_of
 from envs.processes import rank
 from envs.progress import Context
+from envs.refusals import refuse_arguments, refuse_engine
 from tuner import checkpoint, processes
 from tuner.audit import Pilot
 from tuner.crew import Crew
@@ -27,7 +28,6 @@ from tuner.steer import Helm
 logger = logging.getLogger(__name__)
 
 WATCH = 25  # updates between two looks at the losses, when decisions are further apart
-REFUSED = ("deepspeed", "megatron_lm", "xla")  # engines whose optimizers are out of reach
 LOG = "tuner.jsonl"
 
 
@@ -111,6 +111,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         for name, count in (("eval_rows", eval_rows), ("decisions", decisions)):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise BadInput(f"callback: {name}: {count!r} is not a count; give 1 or more")
+        if trainer is not None:
+            refuse_arguments(trainer.args)
         self._policy = _load(policy, sha256)
         self._advise, self._eval_dataset, self._eval_rows = advise, eval_dataset, eval_rows
         self._decisions = decisions or int(self._policy.manifest.decisions)
@@ -130,6 +132,10 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._begun = False
 
     # -- the run's beginning and end -------------------------------------------------------
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what the Trainer would stumble over before training begins."""
+        refuse_arguments(args)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the run, refuse one that cannot be steered, and take up a resumed one."""
@@ -170,6 +176,13 @@ class TunerCallback(TrainerCallback, ExportableState):
         saved = checkpoint.found_in(stored) if step > 0 else None
         base = saved["base_rates"] if saved else None
         self._rates = Rates(kwargs.get("lr_scheduler"), base)
+        if self._rates.rising(total - 2) and (warmup := args.get_warmup_steps(total)) >= total:
+            logger.warning(
+                "warmup_steps: %d in a run of %d updates: the rate never reaches its peak, and the "
+                "tuner never raises it; ask for fewer",
+                warmup,
+                total,
+            )
         users = saved.get("user", {}) if saved else {}
         loader = kwargs.get("train_dataloader")
         found = describe(model, loader, self._classes, total * _batch(args))
@@ -323,10 +336,7 @@ class TunerCallback(TrainerCallback, ExportableState):
 
 def _check(args: Any, state: Any, optimizer: Any, asked: int | None) -> None:
     """Refuse what cannot be steered."""
-    engine = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", "")
-    engine = "deepspeed" if args.deepspeed else str(getattr(engine, "value", engine)).lower()
-    if engine in REFUSED:
-        raise BadInput(f"trainer: {engine}: not supported by the tuner; train with DDP or FSDP2")
+    refuse_engine(args, getattr(optimizer, "accelerator_state", None))
     if state.max_steps < 1:
         raise BadInput(
             f"trainer: max_steps: {state.max_steps} leaves nothing to steer; ask for 1 update or "
