@@ -121,9 +121,9 @@ other transformers or TRL Trainer takes the callback, and is an environment by
 A task's `dataset` may be a JSONL file of one's own, with the fields below on each line (`scores` is
 a list of numbers from -4 to 4, `words` and `tags` are lists of texts):
 `steersman apply default --task pairs.jsonl --objective dpo`. Model and settings are those of the
-objective's task above, but for what is given (`--model`, `--max-length`). A prompt is cut to half of
-`max_length`, and preferences that are equal once they are cut are dropped. Classification also takes
-CSV files and datasets, by the columns `text` and `label`.
+objective's task above, but for what is given (`--model`, `--max-length`). A prompt is cut to half
+of `max_length`, and preferences that are equal once they are cut are dropped. Classification also
+takes CSV files and datasets, by the columns `text` and `label`.
 
 {own_data()}
 
