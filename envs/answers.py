@@ -15,8 +15,8 @@ def prompts_of(tokenizer: Any, task: Task, prompts: Sequence[str]) -> list[str]:
 
 def cut(tokenizer: Any, text: str, length: int) -> str:
     """The beginning of a text, at most ``length`` tokens of it."""
-    code = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True,
-                     add_special_tokens=False)  # fmt: skip
+    code = tokenizer(text, truncation=True, max_length=max(0, length), add_special_tokens=False,
+                     return_offsets_mapping=True)  # fmt: skip
     ends = [end for _, end in code["offset_mapping"]]
     return text[: max(ends, default=0)]
 

@@ -109,6 +109,10 @@ def _splits(dataset: str, kind: type) -> dict[Split, tuple[Any, ...]]:
         return {split: tuple(rows) for split, rows in read().items()}
     if dataset.lower().endswith(".jsonl"):
         return _divided(_own(Path(dataset), kind))
+    if "." in dataset or "/" in dataset:
+        raise BadInput(
+            f"{dataset}: dataset: not .jsonl; give JSON lines with {', '.join(FIELDS[kind])}"
+        )
     raise UnknownName("dataset of examples", dataset, SOURCES)
 
 
@@ -151,7 +155,10 @@ def _row(where: str, line: str, kind: type) -> Any:
             good = isinstance(value, str)
             value = clean(value) if isinstance(value, str) else value
         if not good:
-            raise BadInput(f"{where}: {name}: missing or of the wrong type; see the documentation")
+            raise BadInput(
+                f"{where}: {name}: missing or of the wrong type; give {', '.join(FIELDS[kind])}, "
+                "see docs/objectives.md"
+            )
         found.append(value)
     extra = {Rated: ("own",), Preferred: (1.0,)}.get(kind, ())
     row = found[0] if kind is str else kind(*found, *extra)

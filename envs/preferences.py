@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from envs import examples
-from envs.answers import answered, cut
+from envs.answers import answered, cut, prompts_of
 from envs.errors import BadInput
 from envs.job import Score, spread
 from envs.knobs import Knobs
@@ -48,14 +48,16 @@ def reward(task: Task, seed: int, knobs: Knobs) -> Setup:
     tokenizer = tokenizer_of(task)
     rows = {}
     for split, part in examples.load(task).rows.items():
+        prompts = prompts_of(tokenizer, task, [row.prompt for row in part])
         chosen, rejected = (
-            coded(tokenizer, [f"{row.prompt}\n{getattr(row, side)}" for row in part],
+            coded(tokenizer, [p + getattr(row, side) for p, row in zip(prompts, part, strict=True)],
                   task.max_length)
             for side in ("chosen", "rejected")
         )  # fmt: skip
-        rows[split] = [
+        found = [
             {"chosen_ids": c, "rejected_ids": r} for c, r in zip(chosen, rejected, strict=True)
         ]
+        rows[split] = _apart(task, split, found, "_ids")
     model = model_of(task, seed, AutoModelForSequenceClassification, ("score", "classifier"),
                      num_labels=1)  # fmt: skip
     with quiet(seed):
@@ -185,13 +187,19 @@ def _pairs(task: Task) -> tuple[Any, dict[Split, list[dict[str, str]]]]:
             }
             for row in part
         ]
-        rows[split] = [row for row in found if row["chosen"] != row["rejected"]]
-        if not rows[split]:
-            raise BadInput(
-                f"{task.dataset}: {split}: no two answers differ in their first {half} tokens; "
-                "raise max_length"
-            )
+        rows[split] = _apart(task, split, found)
     return tokenizer, rows
+
+
+def _apart(task: Task, split: Split, rows: list[Any], kind: str = "") -> list[Any]:
+    """The pairs whose answers differ, as far as the task's length lets them be read."""
+    kept = [row for row in rows if row[f"chosen{kind}"] != row[f"rejected{kind}"]]
+    if len(kept) < (task.batch if split == "train" else 1):
+        raise BadInput(
+            f"{task.dataset}: max_length: of {len(rows)} pairs of {split}, the answers of "
+            f"{len(kept)} differ in what {task.max_length} tokens leave of them; raise it"
+        )
+    return kept
 
 
 class _Judge:

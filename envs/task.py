@@ -11,10 +11,11 @@ import numpy as np
 from envs.catalog import CORPORA, ENCODERS
 from envs.errors import BadInput, UnknownName, lookup
 
-Objective = Literal[
+Ready = Literal[
     "classification", "regression", "tokens", "causal", "translation", "headlines", "reward", "dpo",
-    "kto", "sft", "grpo", "own",
+    "kto", "sft", "grpo",
 ]  # fmt: skip
+Objective = Literal[Ready, "own"]
 Adapter = Literal["full", "lora"]
 Pooling = Literal["mean", "first"]
 Split = Literal["train", "validation", "selection", "test"]

@@ -118,9 +118,12 @@ numbers from 0 to 1. `steersman apply default --task dpo` runs a task, steered, 
 other transformers or TRL Trainer takes the callback, and is an environment by
 `Steersman/Trainer-v0` ([`own_trainer_env.py`](../examples/own_trainer_env.py)).
 
-A task's `dataset` may be a JSONL file of one's own, with these fields on each line (`scores` is a
-list of numbers from -4 to 4, `words` and `tags` are lists of texts). Classification also takes CSV
-files and datasets, by the columns `text` and `label`.
+A task's `dataset` may be a JSONL file of one's own, with the fields below on each line (`scores` is
+a list of numbers from -4 to 4, `words` and `tags` are lists of texts):
+`steersman apply default --task pairs.jsonl --objective dpo`. Model and settings are those of the
+objective's task above, but for what is given (`--model`, `--max-length`). A prompt is cut to half
+of `max_length`, and preferences that are equal once they are cut are dropped. Classification also
+takes CSV files and datasets, by the columns `text` and `label`.
 
 {own_data()}
 

@@ -368,6 +368,61 @@ def test_feedback_is_kept_row_by_row(tmp_path, sources, items):
     assert loop._feedback(tmp_path, items, "scores", None) == pairs
 
 
+@pytest.mark.parametrize("session", ["q\n", "", "\n\n", "1 1 1\n2 2\n", "3 -1 0\nq\n"])
+def test_a_session_that_tells_nothing_is_no_feedback(tmp_path, sources, items, session):
+    """What does tell texts apart is kept; the rest is asked again."""
+    loop = part("loop")
+
+    def say(lines, before=()):
+        terminal = sources.Terminal(io.StringIO(lines), out := io.StringIO())
+        try:
+            return loop._feedback(tmp_path, items, "scores", terminal, before)
+        finally:
+            said.append(out.getvalue())
+
+    said = []
+    with pytest.raises(BadInput, match="and repeat the command") as error:
+        say(session)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "feedback.done").exists()
+    kept = session.startswith("3")
+    assert ("r1-0" in (tmp_path / "feedback.jsonl").read_text()) == kept
+    pairs = say("1 2\n" if kept else "3 -1 0\n1 2\n")
+    assert len(pairs) == 3 + 1
+    assert ("how are you?" in said[1]) != kept
+    assert loop._feedback(tmp_path, items, "scores", None) == pairs
+
+
+def test_a_later_round_may_be_all_ties_but_not_empty(tmp_path, sources, items):
+    loop, pair = part("loop"), part("rewards").Pair
+    before = [pair("a", "x", "y", 1.0), pair("b", "x", "y", 1.0)]
+    empty, ties = (sources.Terminal(io.StringIO(s), io.StringIO()) for s in ("q", "1 1 1\n2 2\n"))
+    with pytest.raises(BadInput, match="feedback: there is none; give scores"):
+        loop._feedback(tmp_path, items, "scores", empty, before)
+    assert loop._feedback(tmp_path, items, "scores", ties, before) == []
+    assert (tmp_path / "feedback.done").exists()
+
+
+def test_a_file_that_is_mended_is_read_anew(tmp_path, sources, items):
+    loop, path = part("loop"), tmp_path / "mine.jsonl"
+
+    def give(first, second):
+        rows = [{"id": "r1-0", "scores": first}, {"id": "r1-1", "scores": second}]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return loop._feedback(tmp_path, items, "scores", sources.File(path))
+
+    with pytest.raises(BadInput, match="line 2: feedback: scores"):
+        give([1, 2, 3], [1, 9])
+    assert (tmp_path / "feedback.jsonl").read_text() == ""
+    for wrong in ([1, 1], [2, 2]):
+        with pytest.raises(BadInput, match="1 prompts have a better and a worse text, and 2 must"):
+            give([1, 2, 3], wrong)
+    pairs = give([3, 2, 1], [1, 2])
+    assert [pair.chosen for pair in pairs] == ["fine", "fine", "bad", "nobody"]
+    path.unlink()  # a round that is done needs it no more
+    assert loop._feedback(tmp_path, items, "scores", sources.File(path)) == pairs
+
+
 def test_a_stage_that_broke_off_is_done_anew_and_a_finished_one_is_not(tmp_path):
     loop, calls = part("loop"), []
 

@@ -412,6 +412,34 @@ def test_bad_rows_are_refused_in_one_sentence(objective, rows, said, task_of):
     assert "\n" not in str(caught.value)
 
 
+def test_a_long_prompt_leaves_room_for_the_answers(task_of):
+    rows = [row | {"prompt": f"{row['prompt']} {'why ' * 40}"} for row in made_up("reward")]
+    setup = objectives.prepare(task_of("reward", rows), 0, Knobs())
+    pairs = [(row["chosen_ids"], row["rejected_ids"]) for row in setup.trainer.train_dataset]
+    assert len(pairs) == setup.rows == 32
+    assert all(chosen != rejected for chosen, rejected in pairs)
+    assert max(len(ids) for pair in pairs for ids in pair) <= 40
+
+
+@pytest.mark.parametrize("objective", ["reward", "dpo", "kto"])
+def test_answers_that_are_cut_alike_are_no_pairs(objective, task_of, tmp_path):
+    def named(name, rows):
+        return task_of(objective, dataset=written(rows, tmp_path / f"{name}.jsonl"))
+
+    good = made_up(objective, 96)
+    alike = [row | {"chosen": "a" * 60 + "c", "rejected": "a" * 60 + "r"} for row in good]
+    some = named("some", good[:72] + alike[72:])
+    kept = [row for row in objectives.load(some).rows["train"] if len(row.chosen) < 60]
+    assert 8 <= len(kept) < 32
+    sides = 2 if objective == "kto" else 1
+    assert objectives.prepare(some, 0, Knobs()).rows == sides * len(kept)
+    said = "max_length: of 32 pairs of train, the answers of {} differ in what 40 tokens"
+    with pytest.raises(BadInput, match=said.format(0)):
+        objectives.prepare(named("all", alike), 0, Knobs())
+    with pytest.raises(BadInput, match=said.format("[1-7]")):  # less than a batch
+        objectives.prepare(named("few", good[:12] + alike[12:]), 0, Knobs())
+
+
 def test_rows_and_objective_must_fit(task_of):
     with pytest.raises(BadInput, match="dialogue: dataset: its rows are no Rated; take ratings"):
         objectives.load(Task("dialogue", objective="regression"))

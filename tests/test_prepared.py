@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 from test_cli import policy_file, run  # noqa: F401  (fixtures)
-from test_objectives import decoder, made_up, task_of  # noqa: F401  (likewise)
+from test_objectives import PAIR, decoder, made_up, task_of, written  # noqa: F401  (likewise)
 
 from envs import objectives
 from envs.knobs import Knobs
 from envs.observe import FEATURES
-from envs.task import OBJECTIVE_TASKS
+from envs.task import OBJECTIVE_TASKS, Task
 from tuner.folder import _steered
+from tuner.settings import ApplyConfig
 
 pytest.importorskip("trl")
 
@@ -65,6 +66,62 @@ def test_trials_of_another_objective_are_refused(run, policy_file, tmp_path):  #
     assert (code, err.count("\n")) == (2, 1)
     assert "apply: trials: 3 for dpo" in err
     assert not (tmp_path / "out").exists()
+
+
+RATED = {"text": "a", "scores": [5]}
+LONG = [
+    PAIR | {"prompt": str(n), "chosen": "a" * 99 + "b", "rejected": "a" * 99} for n in range(99)
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "said"),
+    [
+        ([RATED], "--objective regression", "line 1: has a score outside -4 to 4; rescale"),
+        ([PAIR, PAIR | {"chosen": "b"}], "--objective dpo", "line 2: is a tie, which prefers"),
+        ([PAIR | {"chosen": " "}], "--objective kto", "line 1: has an empty answer; remove it"),
+        ([], "--objective reward", "file: holds no rows; give one JSON object a line"),
+        ([RATED], "--objective dpo", "line 1: prompt: missing or of the wrong type; give prompt, "),
+        (LONG, "--objective reward --batch 4", "max_length: of 66 pairs of train, the answers of"),
+        (LONG, "--objective dpo --batch 4 --max-length 1", "what 1 tokens leave of them; raise it"),
+        ([PAIR] * 9, "--objective dpo", "no rows are left for this split; give more"),
+        ([PAIR], "--objective dpi", "--objective: no value 'dpi'. Did you mean 'dpo'?"),
+        ([PAIR], "--objective own", "--objective: no value 'own'."),
+        ([PAIR], "--objective dpo --trials 3", "apply: trials: 3 for dpo"),
+        ([PAIR], "--objective dpo --text review", "apply: text: 'review' for dpo, whose fields"),
+        ([PAIR], "--objective dpo --model tiny-33", "Did you mean 'tiny-32'?"),
+        ([PAIR], "--objective dpo --task kto", "apply: objective: dpo for kto, which is for kto"),
+        ([PAIR], "--objective dpo --task bbc", "dpo for bbc, which is for classification"),
+        ([PAIR], "--objective dpo --task my.csv", "my.csv: dataset: not .jsonl; give JSON lines"),
+        ([PAIR], "--objective dpo --task no.jsonl", "no.jsonl: file: not found"),
+    ],
+)
+def test_own_data_that_cannot_be_used_are_refused_in_one_sentence(
+    run, policy_file, tmp_path, rows, words, said  # noqa: F811
+):  # fmt: skip
+    own = ("--task", written(rows, tmp_path / "own.jsonl"), *words.split())
+    code, _, err = run("apply", policy_file, *own, "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+    assert not (tmp_path / "out" / "steered").exists()
+
+
+def test_own_data_are_steered_like_the_task_of_their_objective(run, tmp_path):  # noqa: F811
+    for name, task in OBJECTIVE_TASKS.items():
+        config = ApplyConfig(task="own.jsonl", objective=task.objective)
+        assert config.job() == replace(task, dataset="own.jsonl")
+        assert ApplyConfig(task=name, objective=task.objective).job() == task
+    assert ApplyConfig(task="a.csv").job() == Task("a.csv")
+    assert ApplyConfig(task="a.csv", objective="classification", text="b").job().text == "b"
+    path = written(made_up("dpo", 200), tmp_path / "own.jsonl")
+    few = ("--rows", "100", "--max-length", "40", "--out", tmp_path / "out")
+    code, out, err = run("apply", "default", "--task", path, "--objective", "dpo", *FEW, *few)
+    assert code == 0, err
+    assert "test pairs in the right order" in out
+    (folder,) = (tmp_path / "out" / "steered").iterdir()
+    assert folder.name == "dpo-own-tiny-gpt-32-0"
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "audit.jsonl").read_text()
 
 
 @pytest.mark.slow

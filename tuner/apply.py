@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from envs import examples, objectives, workload
+from envs import objectives, workload
 from envs.errors import BadInput, RunFailed
 from envs.files import write_atomic
 from envs.job import judge
@@ -119,10 +119,6 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     torch.set_num_threads(config.threads)
     task = config.job()
     job = Bench(task, config, tick)
-    if task.objective == "classification":
-        job.load  # noqa: B018  (refuses bad data before anything is written)
-    else:
-        examples.load(task)
     rate = config.rate
     if rate is None:
         rate = reference_rate(workload.parameters(task.model), "adamw", task.adapter)
@@ -141,6 +137,10 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
         tick(task.steps, task.steps, "done before")
         done: dict[str, Any] = json.loads(summary_path.read_text())
         return done
+    if task.objective == "classification":  # bad data are refused before anything is written
+        job.load  # noqa: B018
+    else:
+        objectives.prepare(task, config.seed, knobs)
     write_atomic(identity_path, json.dumps(identity).encode())
     result: dict[str, Any] = {
         **identity,
@@ -161,9 +161,10 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
 
 
 def _identity(config: ApplyConfig, policy: Policy) -> dict[str, Any]:
-    """What a folder's run is; a single one is what it was before there were trials."""
-    single = {"trials"} if config.trials == 1 else None
-    return {"config": config.model_dump(mode="json", exclude=single), "sha256": policy.sha256}
+    """What a folder's run is; without newer settings it is what it was before there were any."""
+    newer = {"trials": 1, "objective": None}
+    unused = {name for name, value in newer.items() if getattr(config, name) == value}
+    return {"config": config.model_dump(mode="json", exclude=unused), "sha256": policy.sha256}
 
 
 def _once(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

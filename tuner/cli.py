@@ -131,7 +131,8 @@ def apply(
 
     Own data: `steersman apply POLICY --task my.csv --text review --label stars`
 
-    Other objectives: `steersman apply POLICY --task dpo --keep` (see `docs/objectives.md`)
+    Other objectives: `steersman apply POLICY --task dpo --keep` (see `docs/objectives.md`), and own
+    data of theirs: `steersman apply POLICY --task pairs.jsonl --objective dpo`
 
     The best of three, chosen on rows of their own: `steersman apply POLICY --trials 3`
     """

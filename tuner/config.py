@@ -73,7 +73,7 @@ def resolve(model: type[M], path: Path | None, flags: dict[str, Any]) -> M:
         where = f"--{name.replace('_', '-')}" if name in flags else f"{path}: {name}"
         value = str(first.get("input"))[:80]
         if first["type"] == "literal_error":
-            choices = typing.get_args(model.model_fields[name].annotation)
+            choices = typing.get_args(_bare(model.model_fields[name].annotation))
             raise BadInput(f"{where}: {UnknownName('value', value, map(str, choices))}") from None
         problem = first["msg"].lower().removeprefix("value error, ")
         raise BadInput(f"{where}: {value!r}: {problem}; see --help") from None
@@ -112,10 +112,15 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _flag_type(field: FieldInfo) -> Any:
-    kind = field.annotation
+def _bare(kind: Any) -> Any:
+    """A type without the ``None`` that may stand in its place."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return kind
+
+
+def _flag_type(field: FieldInfo) -> Any:
+    kind = _bare(field.annotation)
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         return types.GenericAlias(list, (item if isinstance(item, type) else str,))

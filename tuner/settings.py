@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from envs.catalog import CORPORA, MODELS
 from envs.errors import BadInput
-from envs.task import OBJECTIVE_TASKS, TASKS, Adapter, Task, find
+from envs.task import OBJECTIVE_TASKS, Adapter, Ready, Task, find
 
 
 class ApplyConfig(BaseModel):
@@ -16,8 +16,9 @@ class ApplyConfig(BaseModel):
 
     task: str = Field("bbc/minilm-l6", description="a shipped task, a CSV or JSONL, or a dataset")
     model: str | None = Field(None, description="a shipped model, a directory or a hub id")
-    text: str = Field("text", description="column of the text, for own data")
-    label: str = Field("label", description="column of the label, for own data")
+    objective: Ready | None = Field(None, description="of own data; none: classification")
+    text: str = Field("text", description="column of the text, for own data of classification")
+    label: str = Field("label", description="column of the label, likewise")
     rate: float | None = Field(None, description="starting rate; none: a rule of thumb")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="its shape")
     keep: bool = Field(False, description="also make the same run unsteered, to compare")
@@ -41,27 +42,42 @@ class ApplyConfig(BaseModel):
                 f"apply: trials: {self.trials} with advise; advice steers nothing that could be "
                 "chosen from; leave out one of the two"
             )
-        if self.task in OBJECTIVE_TASKS and self.trials > 1:
-            raise BadInput(
-                f"apply: trials: {self.trials} for {self.task}; they are chosen from by accuracy, "
-                "so only for classification; leave it out"
-            )
         changes = {
             name: value
             for name in ("steps", "rows", "batch", "max_length", "adapter", "model")
             if (value := getattr(self, name)) is not None
         }
-        if self.task in TASKS:
-            base = find(self.task)
-        elif ("." in self.task or "/" in self.task) and not (
-            {*self.task.split("/")} & {*CORPORA, *MODELS}
-        ):
-            base = Task(dataset=self.task, text=self.text, label=self.label)
-        else:
-            base = find(self.task)  # says which name is near
+        base = self._base()
+        if base.objective != "classification" and self.trials > 1:
+            raise BadInput(
+                f"apply: trials: {self.trials} for {base.objective}; they are chosen from by "
+                "accuracy, so only for classification; leave it out"
+            )
         if self.steps is not None:
             changes["interval"] = max(1, self.steps // 10)
         return find(base, **changes)
+
+    def _base(self) -> Task:
+        """A shipped task, or own data in all else like the shipped task of their objective."""
+        own = "." in self.task or "/" in self.task
+        if not own or {*self.task.split("/")} & {*CORPORA, *MODELS}:
+            base = find(self.task)  # or says which name is near
+            if self.objective not in (None, base.objective):
+                raise BadInput(
+                    f"apply: objective: {self.objective} for {self.task}, which is for "
+                    f"{base.objective}; leave it out, or give a JSONL file"
+                )
+            return base
+        if self.objective in (None, "classification"):
+            return Task(dataset=self.task, text=self.text, label=self.label)
+        for name in ("text", "label"):
+            if getattr(self, name) != name:
+                raise BadInput(
+                    f"apply: {name}: {getattr(self, name)!r} for {self.objective}, whose fields "
+                    "have fixed names; rename the field in the file, leave this out"
+                )
+        like = next(t for t in OBJECTIVE_TASKS.values() if t.objective == self.objective)
+        return find(like, dataset=self.task)
 
 
 class CompareConfig(BaseModel):

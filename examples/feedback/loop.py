@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -100,9 +100,7 @@ def run(settings: Settings, out: Path, source: Source | None = None) -> list[dic
         _stage(title + "generate candidates", here / "candidates", write)
         items = _read(here / "candidates")
 
-        pairs += _feedback(here, items, settings.kind, source)
-        if len({pair.prompt for pair in pairs}) < 2:
-            raise BadInput(f"round {number}: feedback: on {len(pairs)} pairs of texts; give more")
+        pairs += _feedback(here, items, settings.kind, source, pairs)
         random.Random(at).shuffle(pairs)
 
         fit = partial(training.train_reward_model, base=REWARD, pairs=pairs[:ROWS],
@@ -158,27 +156,45 @@ def _evaluate(
     return evaluate(_model(policy), _model(start), tokenizer, prompts, judges)
 
 
-def _feedback(here: Path, items: list[Item], kind: str, source: Source) -> list[rewards.Pair]:
-    """Each row is kept as soon as it is there, so that nobody is asked twice."""
+def _feedback(
+    here: Path, items: list[Item], kind: str, source: Source, before: Sequence[rewards.Pair] = ()
+) -> list[rewards.Pair]:
+    """Each row is kept as soon as it is there, so that nobody is asked twice.
+
+    A file is read anew until the round is done. It is done when there is something to learn from,
+    with the pairs from ``before``; else what told nothing is asked again.
+    """
     path, done = here / "feedback.jsonl", here / "feedback.done"
-    rows = {row["id"]: row for row in _lines(path)}
+    anew = isinstance(source, File) and not done.exists()
+    rows = {} if anew else {row["id"]: row for row in _lines(path)}
+    asked = [item for item in items if item.texts]
     if not done.exists():
         write_atomic(path, "".join(map(_line, rows.values())).encode())
-        left = [item for item in items if item.id not in rows and item.texts]
-        asked, title = source.ask(left, kind) if left else (), f"{here.name}: collect {kind}"
+        left = [item for item in asked if item.id not in rows]
+        given, title = source.ask(left, kind) if left else (), f"{here.name}: collect {kind}"
         person = isinstance(source, Terminal | Form)
         with open(path, "a", encoding="utf-8") as file:
-            for row in track(asked, title, len(left), disable=person):
+            for row in track(given, title, len(left), disable=person):
                 rows[row["id"]] = row
                 file.write(_line(row))
                 file.flush()
-        write_atomic(done, b"")
-    return [
-        pair
+    found = {
+        item.id: rewards.pairs(kind, item.prompt, item.texts, rows[item.id][kind])
         for item in items
         if item.id in rows
-        for pair in rewards.pairs(kind, item.prompt, item.texts, rows[item.id][kind])
-    ]
+    }
+    pairs = [pair for each in found.values() for pair in each]
+    told = {pair.prompt for pair in (*before, *pairs)}
+    if len(told) < 2 or (asked and not rows):
+        done.unlink(missing_ok=True)
+        write_atomic(path, "".join(_line(rows[name]) for name in found if found[name]).encode())
+        some = f"{len(told)} prompts have a better and a worse text, and 2 must"
+        raise BadInput(
+            f"{here.name}: feedback: {some if rows else 'there is none'}; give {kind} that tell "
+            "texts apart, and repeat the command"
+        )
+    write_atomic(done, b"")
+    return pairs
 
 
 def _stage(title: str, folder: Path, work: Callable[[Path], Any]) -> Any:

@@ -72,8 +72,8 @@ class File:
         self._path = path
 
     def ask(self, items: Sequence[Item], kind: str) -> Iterator[Row]:
-        """`BadInput` when a line cannot be used, or when none is about these items."""
-        known, found = {item.id: item for item in items}, 0
+        """The whole file or `BadInput`: a line cannot be used, or none is about these items."""
+        known, rows = {item.id: item for item in items}, []
         for number, line in enumerate(self._lines(), 1):
             try:
                 row = json.loads(line, parse_constant=float)
@@ -87,13 +87,13 @@ class File:
                 rewards.pairs(kind, item.prompt, item.texts, row[kind])
             except (BadInput, ValueError, RecursionError) as error:
                 raise BadInput(f"{self._path}: line {number}: {error}") from None
-            found += 1
-            yield {"id": item.id, kind: row[kind]}
-        if not found:
+            rows.append({"id": item.id, kind: row[kind]})
+        if not rows:
             raise BadInput(
                 f"{self._path}: id: no line is about {items[0].id} … {items[-1].id}; give your "
                 f"{kind} of these candidates there, and repeat the command"
             )
+        return iter(rows)
 
     def _lines(self) -> list[str]:
         try:
