@@ -121,7 +121,8 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     job = Bench(task, config, tick)
     rate = config.rate
     if rate is None:
-        rate = reference_rate(workload.parameters(task.model), "adamw", task.adapter)
+        size = workload.parameters(task.model)
+        rate = reference_rate(size, "adamw", task.adapter, task.objective)
     knobs = Knobs(rate=rate, shape=config.schedule)
     parts = [Path(part).stem for part in (task.dataset, task.model)] + [str(config.seed)]
     if task.objective != "classification":  # one dataset serves several
