@@ -74,9 +74,9 @@ REACH: dict[str, dict[str, str]] = {
         "optimizer": ("yes", "yes", _SWITCHABLE, _SWITCHABLE, _SWITCHABLE, ""),
         "weight_decay": ("yes",) * 6,
         "clip": (_ON,) * 6,
-        "adapter_scale": (f"LoRA, {_OPENED}", "", "", _LORA, _LORA, ""),
+        "adapter_scale": (f"LoRA, {_OPENED}", "", f"LoRA, {_OPENED}", _LORA, _LORA, ""),
         "beta": ("", "", "if the Trainer has one", *[_GIVEN] * 3),
-        "depth": (_OPENED, "", "", "if the policy turns it", "", ""),
+        "depth": (_OPENED, "", _OPENED, "if the policy turns it", "", ""),
         "head_rate": (_OPENED, _OPENED, f"a classifier's new head, {_OPENED}", *[_NEW] * 2, ""),
     }.items()
 }

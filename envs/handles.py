@@ -28,12 +28,14 @@ class Handles:
     def __init__(
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
         *, trainer: Any = None, decays: list[float] | None = None, kind: str = "",
-        scales: list[float] | None = None, headed: bool | None = None, adapter: str = "full",
+        scales: list[float] | None = None, clip: float | None = None, beta: float | None = None,
+        depth: int | None = None, headed: bool | None = None, adapter: str = "full",
+        parts: Parts | None = None,
     ) -> None:  # fmt: skip
-        """actions: the policy's. decays, kind, scales: the user's, where a checkpoint has others.
+        """actions: the policy's. decays to depth: the user's, where a checkpoint has others.
 
         headed: whether there was a new head when the run that is taken up began. adapter: ``lora``
-        or ``full``, for what the actions open a run with.
+        or ``full``, for what the actions open a run with. parts: the model's, if somebody has them.
 
         In several processes layers stay as they are: each waits for the gradients of all.
         """
@@ -49,12 +51,17 @@ class Handles:
             decay / largest if largest else float(all(p.ndim >= 2 for p in group["params"]))
             for decay, group in zip(self.decays, groups, strict=True)
         ]
-        clip = float(args.max_grad_norm or 0.0)
+        clip = float(args.max_grad_norm or 0.0) if clip is None else clip
         self.kind = kind or kind_of(optimizer)
-        self._parts = Parts(model, scales)
+        self._parts = parts or Parts(model, scales)
+        if depth is not None and self._parts.depth < depth:  # a run that was cut short froze some
+            for parameter in (p for group in groups for p in group["params"]):
+                parameter.requires_grad_(True)
+            self._parts = Parts(model, scales)
         self.scales = self._parts.scales
         wish = self._parts.fit(opened(Knobs(rate=rate), actions), Knobs())
         depth = None if args.world_size > 1 else wish.depth
+        own_beta = beta_of(trainer)
         again = getattr(args, "load_best_model_at_end", False) or getattr(args, "fsdp", None)
         scale = None if again else wish.adapter_scale
         shards = getattr(args, "fsdp", None) or sharded(model)
@@ -67,7 +74,7 @@ class Handles:
             weight_decay=min(max(largest, 0.0), 1.0),
             clip=min(max(clip, 0.0), 1e6),
             adapter_scale=scale,
-            beta=beta_of(trainer),
+            beta=own_beta if own_beta is None or beta is None else beta,
             depth=depth,
             head_rate=1.0 if head else None,
         )
@@ -124,24 +131,30 @@ class Handles:
             head_rate=None if math.isnan(head) else head,
         )  # fmt: skip
 
-    def put(self, knobs: Knobs, before: Knobs) -> None:
-        """Set what differs from ``before``, but the rate."""
-        if self._inner is not None:
+    def put(self, knobs: Knobs, before: Knobs | None = None) -> None:
+        """Set what differs from ``before``, or all that can be turned, but the rate."""
+
+        def new(name: str) -> bool:
+            if before is None:
+                return name in self.dials
+            return bool(getattr(knobs, name) != getattr(before, name))
+
+        if self._inner is not None and (before is None or new("optimizer")):
             self._inner.switch(knobs.optimizer)
-        if knobs.weight_decay != before.weight_decay:
+        if new("weight_decay"):
             wanted = [knobs.weight_decay * share for share in self._shares]
             if knobs.weight_decay == self.given.weight_decay:
                 wanted = self.decays
             for group, decay in zip(self._optimizer.param_groups, wanted, strict=True):
                 group["weight_decay"] = decay
-        if knobs.clip != before.clip:
+        if new("clip"):
             self._args.max_grad_norm = knobs.clip
-        if knobs.beta is not None and knobs.beta != before.beta:
+        if knobs.beta is not None and new("beta"):
             self._trainer.beta = knobs.beta
         for name in ("depth", "adapter_scale"):
-            if (value := getattr(knobs, name)) != getattr(before, name):
-                self._parts.put(Knobs().having(**{name: value}))
-        if knobs.head_rate is not None and knobs.head_rate != before.head_rate:
+            if new(name):
+                self._parts.put(Knobs().having(**{name: getattr(knobs, name)}))
+        if knobs.head_rate is not None and new("head_rate"):
             self._lift.put(knobs.head_rate)
 
     def settle(self, scale: float | None) -> None:
@@ -153,12 +166,18 @@ class Handles:
         """Take the hooks off the optimizer: a Trainer keeps it for its next run."""
         self._lift.close()
 
-    def leave(self, knobs: Knobs) -> None:
-        """The run is over: the arguments and what is trainable are as they were found."""
+    def leave(self, knobs: Knobs, *, loaded: bool = False) -> None:
+        """The run is over: what was turned is as it was found, but for the rate.
+
+        loaded: weights and an optimizer from a checkpoint have come since, and are left alone.
+        """
         given = self.given
         self.close()
-        self.settle(knobs.adapter_scale)
-        self.put(replace(knobs, clip=given.clip, beta=given.beta, depth=given.depth), knobs)
+        if loaded:
+            given = replace(given, optimizer=knobs.optimizer, weight_decay=knobs.weight_decay)
+        else:
+            self.settle(knobs.adapter_scale)
+        self.put(given, knobs)
 
 
 def kind_of(optimizer: Any) -> Optimizer:

@@ -76,6 +76,10 @@ class Rates:
                 group["lr"] = value
         scheduler._last_lr = rates
 
+    def leave(self) -> None:
+        """The user's peak rates again, if somebody goes on with the schedule."""
+        self._scheduler.base_lrs = [*self.base]
+
 
 class Eyes:
     """Hooks on the model: the loss of each update, and gradients before they are clipped."""

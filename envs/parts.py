@@ -39,9 +39,14 @@ class Parts:
             for config in _configs(model, trained)
         ]
 
+    @property
+    def depth(self) -> int:
+        """The layers that are trained, what is below them among them."""
+        return len(self._storeys)
+
     def fit(self, knobs: Knobs, now: Knobs) -> Knobs:
         """The wish as this model can have it; None leaves a knob as it is ``now``."""
-        depth = now.depth if knobs.depth is None else min(knobs.depth, len(self._storeys))
+        depth = now.depth if knobs.depth is None else min(knobs.depth, self.depth)
         scale = now.adapter_scale if knobs.adapter_scale is None else knobs.adapter_scale
         return knobs.having(
             depth=depth if self._storeys else None,
@@ -51,7 +56,7 @@ class Parts:
     def put(self, knobs: Knobs) -> None:
         """Freeze and scale as fitted knobs say; frozen weights keep the optimizer's moments."""
         if knobs.depth is not None:
-            lowest = len(self._storeys) - knobs.depth
+            lowest = self.depth - knobs.depth
             for number, storey in enumerate(self._storeys):
                 for parameter in storey:
                     parameter.requires_grad_(number >= lowest)

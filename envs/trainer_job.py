@@ -20,6 +20,7 @@ from envs.head import Lift, head_of, is_new
 from envs.instruments import Eyes, Rates, describe, listen, objective_of
 from envs.job import Score, finite, spread
 from envs.knobs import LORA, OPTIMIZERS, Actions, Knobs, Optimizer
+from envs.parts import Parts
 from envs.progress import Context, Progress
 from envs.refusals import refuse_job
 from envs.snapshot import Snapshot, recall, remember
@@ -79,7 +80,9 @@ class TrainerJob:
         own = task.objective == "own"
         objective = objective_of(trainer.args, self._model) if own else task.objective
         head = self._head_rate(self._knobs.head_rate, found["adapter"])
-        self._knobs = self._knobs.having(adapter_scale=None, depth=None, head_rate=head)
+        self._parts = Parts(self._model)
+        self._knobs = self._fit(self._knobs, Knobs()).having(head_rate=head)
+        self._scale()
         self._context = Context(
             total=task.steps,
             decisions=task.decisions,
@@ -89,7 +92,7 @@ class TrainerJob:
             **found,
         )
         self._switch = isinstance(trainer.optimizer, SwitchableOptimizer)
-        self._pace = _Pace(trainer)
+        self._pace = _Pace(trainer, self._parts)
         trainer.add_callback(self._pace)
         self._loop = greenlet.greenlet(trainer.train)
         self._lost = 0
@@ -150,6 +153,17 @@ class TrainerJob:
         unknown = adapter == "lora" != self.task.adapter  # a factory's model: the task knew nothing
         return times / LORA if unknown else times
 
+    def _fit(self, knobs: Knobs, now: Knobs) -> Knobs:
+        """The layers and the scale that this run can have; one layer at least, as in a callback."""
+        fitted = self._parts.fit(knobs, now)
+        if getattr(self._setup.trainer.args, "load_best_model_at_end", False):
+            fitted = fitted.having(adapter_scale=None)  # these weights had another
+        return fitted if fitted.depth is None else fitted.having(depth=max(1, fitted.depth))
+
+    def _scale(self) -> None:
+        """Scale the adapter at once: it is judged before the next update."""
+        self._parts.put(Knobs(adapter_scale=self._knobs.adapter_scale))
+
     def _run(self) -> None:
         """Let the loop go on to its next halt, or to its end."""
         self._loop.parent = greenlet.getcurrent()
@@ -163,9 +177,9 @@ class TrainerJob:
     def apply(self, knobs: Knobs) -> None:
         """Put the settings in force from the next update on.
 
-        The rate, weight decay and clipping of any Trainer; beta, if it has one; the rate of a new
-        head, if the run was opened with one; the optimizer, if it is a
-        `envs.switchable.SwitchableOptimizer`. Raises `BadInput` for any other change.
+        The rate, weight decay and clipping of any Trainer, its model's depth and LoRA's scaling;
+        beta, if it has one; the rate of a new head, if the run was opened with one; the optimizer,
+        if it is a `envs.switchable.SwitchableOptimizer`. Raises `BadInput` for any other change.
         """
         own = ["shape", "warmup"]
         if not self._switch:
@@ -179,7 +193,8 @@ class TrainerJob:
         beta = None if self._knobs.beta is None else knobs.beta or self._knobs.beta
         now = self._knobs.head_rate
         head = now if now is None or knobs.head_rate is None else knobs.head_rate
-        self._knobs = knobs.having(beta=beta, adapter_scale=None, depth=None, head_rate=head)
+        self._knobs = self._fit(knobs, self._knobs).having(beta=beta, head_rate=head)
+        self._scale()
 
     def evaluate(self, split: Split) -> Score:
         """Judge the weights on a split as the factory says; training is not affected."""
@@ -191,11 +206,16 @@ class TrainerJob:
         return score
 
     def snapshot(self) -> Snapshot:
-        """The trained weights, copied."""
-        return remember(self._parameters)
+        """The trained weights, copied, and the scale that the adapter had with them."""
+        scale = self._knobs.adapter_scale
+        return remember(self._parameters) + ([] if scale is None else [torch.tensor(scale)])
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put weights back and forget the optimizer's moments; the knobs stay."""
+        """Put weights back and forget the optimizer's moments; the other knobs stay."""
+        if self._knobs.adapter_scale is not None:
+            *snapshot, scale = snapshot
+            self._knobs = self._knobs.having(adapter_scale=scale.item())
+            self._scale()
         optimizer = self._setup.trainer.optimizer
         if optimizer is None:  # made when training begins
             with torch.no_grad():
@@ -233,9 +253,9 @@ class _Pace(TrainerCallback):
     It must not refer to the greenlet: the last reference to a dropped job's loop ends it.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, parts: Parts) -> None:
         self.step, self.until, self.knobs = 0, 0, Knobs()
-        self._trainer = trainer
+        self._trainer, self._parts = trainer, parts
         self.factor = 1.0
         self.probe = probe.Probe()
         self._rewarded, self._gauge = hasattr(trainer, "reward_funcs"), Gauge()
@@ -269,6 +289,7 @@ class _Pace(TrainerCallback):
             self._rates.start,
             Actions(),
             trainer=self._trainer,
+            parts=self._parts,
         )
         self._put = in_force(self._trainer, self._handles.given)
 

@@ -22,7 +22,7 @@ from test_callback import (
     train,
     weights,
 )
-from test_switchable import OneSeed
+from test_switchable import OneSeed, cut_short
 from torch import nn
 from transformers import TrainerCallback
 
@@ -214,6 +214,34 @@ def test_a_resumed_run_is_the_whole_one_to_the_bit(lora, tmp_path, watch, save):
     assert equal(weights(whole), weights(resumed))
     assert scalings(whole.model) == scalings(resumed.model)
     assert torch.equal(first.said, again.said)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_interrupted_run_is_followed_by_one_with_the_users_scaling(
+    lora, tmp_path, watch, resumed
+):
+    """A new run begins with the model that was trained, a resumed one with the checkpoint's."""
+    args = {"save_strategy": "steps", "save_steps": 8}
+    callback, look = TunerCallback(stub(*NAMES), mode="explore", eval_dataset=own(lora)), watch()
+    first = watch()
+    whole = train(lora, tmp_path, TunerCallback(stub(*NAMES), mode="explore",
+                  eval_dataset=own(lora)), extra=[first], **args)  # fmt: skip
+    trainer = cut_short(lora, tmp_path, callback, 14, extra=[look], **args)
+    assert set(scalings(trainer.model)) == {2 * look.seen[-1]} != {2.0}
+    found = []
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            found.append(said(model, look._rows))
+
+    trainer.add_callback(Begin())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8") if resumed else None)
+    assert callback._handles.scales == [2.0] * len(callback._handles.scales)
+    assert torch.equal(found[0], (first.history[7] if resumed else look.history[13]))
+    assert look.seen[14:] == first.seen[8:] if resumed else look.seen[14:17] == [2.0] * 3
+    assert not resumed or equal(weights(whole), weights(trainer))
+    assert set(scalings(trainer.model)) == {2.0}
+    assert trainer.model.encoder.peft_config["default"].lora_alpha == 16
 
 
 @pytest.mark.parametrize("how", ["fails", "diverges"])

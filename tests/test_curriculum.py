@@ -85,6 +85,25 @@ def test_each_stage_has_environments_of_its_own(config):
         assert simulated.single_action_space == real.single_action_space
 
 
+def test_a_switch_of_the_optimizer_is_learned_on_classification_alone(config, tmp_path):
+    settings = config(optimizers=("sgd", "rmsprop"), iterations=2)
+    actions = settings.actions()
+    switch = [actions.label(action) for action in range(actions.size)].index("rmsprop")
+    with opened(settings, plan_of(settings)) as curriculum:
+        for stage in ("surrogate", "tasks"):
+            envs = curriculum.envs(stage)
+            envs.reset(seed=0)
+            *_, info = envs.step(np.full(envs.num_envs, switch))
+            assert "rmsprop" in info["optimizer"]  # not of those that diverged and began anew
+    assert train(settings, tmp_path).manifest.actions == actions
+    for bad, problem in (
+        ({"larger": ("dpo",)}, "optimizers: .*dpo.* has a Trainer's optimizer, which cannot be"),
+        ({"view": "continuous"}, "optimizers: only the discrete view"),
+    ):
+        with pytest.raises(BadInput, match=problem):
+            config(optimizers=("sgd",), **bad).check()
+
+
 @pytest.mark.parametrize("agent", ["ppo", "dqn", "sarsa"])
 def test_a_training_cut_off_between_stages_resumes_to_the_same_artifact(config, tmp_path, agent):
     whole = train(config(agent=agent), tmp_path / "whole")

@@ -78,6 +78,19 @@ def test_a_contestant_sees_and_does_what_the_environment_does(tiny_task):
     assert all(np.array_equal(a, b) for a, b in zip(policy.seen, seen[:-1], strict=True))
 
 
+def test_a_contestant_may_switch_the_optimizer():
+    policy, jobs = Scripted([8] + [3] * 9), []
+    actions = replace(policy.manifest.actions, optimizers=("sgd",))
+    policy.manifest = policy.manifest.model_copy(update={"actions": actions})
+
+    def opened(task, seed, knobs):
+        jobs.append(FakeJob(task, seed, knobs))
+        return jobs[-1]
+
+    PolicyMethod(policy).run(Arena(Task("trec6", steps=20, interval=2), 0, 1e-4, 9, opened))
+    assert jobs[0].knobs.optimizer == "sgd"
+
+
 def test_later_runs_start_where_the_best_ended():
     task = Task("trec6", steps=20, interval=2)
     starts = []

@@ -80,7 +80,8 @@ def test_a_job_has_the_knobs_that_the_table_says(tiny_task, task_of):  # noqa: F
     packed = Lockstep(Plan("cpu", 2)).open(tiny_task(), 0, Knobs(adapter_scale=1.0, head_rate=1.0))
     assert isinstance(packed, PackedJob)
     assert had(packed.knobs) == reached("packs")
-    job = TrainerJob(task_of("dpo"), 0, Knobs(head_rate=1.0), make=objectives.prepare)
+    pairs = task_of("dpo", adapter="lora")
+    job = TrainerJob(pairs, 0, Knobs(head_rate=1.0), make=objectives.prepare)
     job.apply(job.knobs.having(adapter_scale=1.0, depth=1, beta=0.3, head_rate=3.0))
     assert had(job.knobs) == reached("TrainerJob") - {"head_rate"}  # of classifiers: `test_head.py`
 

@@ -13,6 +13,7 @@ from test_callback import (
     EVERY,
     KEEP,
     STEPS,
+    Recorder,
     Stub,
     by_turns,
     equal,
@@ -394,6 +395,95 @@ def test_a_resumption_that_fails_leaves_the_users_settings(task, tmp_path, monke
         plain = [2e-3 * (STEPS - step) / STEPS for step in range(13, STEPS)]
         assert trainer.recorder.rates == pytest.approx(plain, rel=1e-12)
         assert trainer.lr_scheduler.base_lrs == [2e-3] * len(trainer.lr_scheduler.base_lrs)
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C, once."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            self.at = None
+            raise KeyboardInterrupt
+
+
+def cut_short(task, folder, callback, at, **more):  # noqa: F811
+    """A Trainer whose run was interrupted after update ``at``; it can go on."""
+    trainers = []
+
+    def keep(trainer):
+        more.get("before", lambda trainer: None)(trainer)
+        trainers.append(trainer)
+
+    extra = [*more.pop("extra", ()), Stop(at)]
+    with pytest.raises(KeyboardInterrupt):
+        train(task, folder, callback, **(more | {"before": keep}), extra=extra)
+    return trainers[0]
+
+
+ALTERED = ("sgd", "weight_decay x3", "clip x0.3", "depth -1", "x3", "keep", "keep", "keep",
+           "keep", "keep")  # fmt: skip
+
+
+def test_after_an_interruption_the_next_run_has_the_users_settings(task, tmp_path):  # noqa: F811
+    watch, recorder = Watch(), Recorder()
+    callback = TunerCallback(stub(*ALTERED), mode="explore")
+    trainer = cut_short(task, tmp_path, callback, 17, extra=[watch], weight_decay=0.02,
+                        before=switchable(decay=0.02), recorder=recorder)  # fmt: skip
+    first = callback._handles.given
+    assert watch.seen[-1] == ("sgd", pytest.approx(0.06), pytest.approx(0.3), True)
+    assert not trainer.args.logging_nan_inf_filter
+    trainer.train()
+    assert callback._handles.given == first == Knobs(2e-3, weight_decay=0.02, depth=2)
+    assert watch.seen[17:] == [("sgd", 0.02, 1.0, False)] * 3 + watch.seen[3:17] + (
+        [watch.seen[16]] * 13
+    )
+    assert recorder.rates[17:34] == recorder.rates[:17]
+    assert trainer.args.max_grad_norm == 1.0
+    assert trainer.args.logging_nan_inf_filter
+    assert trainer.optimizer.optimizer.kind == "adamw"
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.02}
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("where", ["same", "another callback", "another process", "older"])
+def test_an_interrupted_run_is_resumed_to_the_bit(task, tmp_path, where):  # noqa: F811
+    """The Trainer's arguments and model are as the interrupted run left them, or new."""
+    args = {"save_strategy": "steps", "save_steps": 7, "weight_decay": 0.02, "dropout": 0.1,
+            "before": switchable(decay=0.02)}  # fmt: skip
+
+    def tuner():
+        return TunerCallback(stub(*ALTERED), mode="explore", eval_dataset=own(task))
+
+    whole = train(task, tmp_path, tuner(), **args)
+    log, found, rates = (tmp_path / LOG).read_bytes(), weights(whole), whole.recorder.rates
+    path, callback = tmp_path / "checkpoint-7", tuner()
+    trainer = cut_short(task, tmp_path, callback, 17, **args)
+    assert trainer.args.max_grad_norm == pytest.approx(0.3)
+    if where == "older":
+        text = json.loads((path / "trainer_state.json").read_text())
+        user = text["stateful_callbacks"]["TunerCallback"]["attributes"]["saved"]["user"]
+        for name in ("clip", "beta", "depth"):
+            del user[name]
+        (path / "trainer_state.json").write_text(json.dumps(text))
+    if where in ("same", "another callback"):
+        if where == "another callback":
+            trainer.remove_callback(callback)
+            callback = tuner()
+            trainer.add_callback(callback)
+        trainer.recorder = Recorder()
+        trainer.add_callback(trainer.recorder)
+        trainer.train(resume_from_checkpoint=str(path))
+    else:
+        trainer = train(task, tmp_path, callback := tuner(), resume=str(path), **args)
+    assert callback._handles.given == Knobs(2e-3, weight_decay=0.02, depth=2)
+    assert trainer.recorder.rates == rates[7:]
+    assert (tmp_path / LOG).read_bytes() == log
+    assert equal(found, weights(trainer))
+    assert trainer.args.max_grad_norm == 1.0
+    assert all(p.requires_grad for p in trainer.model.parameters())
 
 
 def test_sharded_weights_are_refused(task):  # noqa: F811

@@ -5,6 +5,7 @@ import math
 import random
 import weakref
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium
@@ -30,7 +31,7 @@ from envs import catalog
 from envs.chance import put_back
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, RunFailed
-from envs.knobs import Knobs
+from envs.knobs import Actions, Knobs
 from envs.switchable import SwitchableOptimizer
 from envs.task import Task
 from envs.trainer_env import score, trainer_env
@@ -102,7 +103,7 @@ def factory(tmp_path_factory, texts):
     return make
 
 
-def opened(factory, seed=SEED, rate=1e-2, steps=STEPS, **changes):
+def opened(factory, seed=SEED, rate=1e-2, steps=STEPS, dials=None, **changes):
     """The same as `trainer_env` makes of a factory."""
 
     def make(task, seed, knobs):
@@ -110,7 +111,7 @@ def opened(factory, seed=SEED, rate=1e-2, steps=STEPS, **changes):
         return Setup(trainer, score, ROWS, 3)
 
     task = Task("trainer", objective="own", steps=steps, interval=4, batch=8, rows=ROWS)
-    return TrainerJob(task, seed, Knobs(rate), make=make)
+    return TrainerJob(task, seed, Knobs(rate, **dials or {}), make=make)
 
 
 def weights(job):
@@ -234,6 +235,80 @@ def test_an_optimizer_that_can_be_switched_is_switched(factory):
     job.apply(replace(job.knobs, optimizer="sgd"))
     assert job.advance(4).finite
     assert job._setup.trainer.optimizer.optimizer.kind == "sgd"
+
+
+PEFT = "ignore:.is_gradient_checkpointing:FutureWarning"  # peft's own
+
+
+def adapted(model, **more):
+    """A Trainer of LoRA adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    return Trainer(model=get_peft_model(model, config), **more)
+
+
+@pytest.mark.filterwarnings(PEFT)
+@pytest.mark.parametrize(("kind", "depth", "scale"), [(Trainer, 3, math.nan), (adapted, 2, 1.0)])
+def test_dials_that_are_not_turned_leave_the_plain_run(factory, kind, depth, scale):
+    """To the bit, though the run was opened with them."""
+    make = partial(factory, kind=kind)
+    actions = Actions(turns=(("depth", -1.0), ("adapter_scale", 2.0)))
+    env = trainer_env(make, actions=actions, decisions=3, spread=0.0)
+    env.reset(seed=0)
+    for _ in range(3):
+        info = env.step(KEEP)[4]
+    assert info["depth"] == depth
+    assert info["adapter_scale"] == pytest.approx(scale, nan_ok=True)
+    trainer = make(env._job._setup.trainer.args.seed)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()
+                       if p.requires_grad])  # fmt: skip
+    assert torch.equal(weights(env._job)[: len(plain)], plain)
+
+
+def test_layers_are_frozen_on_the_way_and_come_back(factory):
+    """The optimizer has them all, even where a run is opened with a few."""
+
+    def moved(job, depth):
+        job.apply(replace(job.knobs, depth=depth))
+        before = {name: p.detach().clone() for name, p in job._model.named_parameters()}
+        assert job.advance(4).finite
+        after = dict(job._model.named_parameters())
+        return {name for name in after if not torch.equal(after[name], before[name])}
+
+    job = opened(factory, dials={"depth": 1})
+    assert job.knobs.depth == 1
+    few = moved(job, 0)
+    assert job.knobs.depth == 1  # or nothing might be left to train
+    names = dict(job._model.named_parameters())
+    assert few == {n for n in names if "layer.1." in n or "pooler" in n or "classifier" in n}
+    assert moved(job, 100) == {*names}
+    assert job.knobs.depth == 3
+    assert moved(job, 2) == {name for name in names if "embeddings" not in name}
+    assert opened(factory).knobs.depth is None
+
+
+@pytest.mark.filterwarnings(PEFT)
+def test_an_adapter_is_scaled_and_comes_back_with_its_scale(factory):
+    def scalings(job):
+        return {value for part in job._model.modules() if hasattr(part, "lora_A")
+                for value in part.scaling.values()}  # fmt: skip
+
+    job = opened(factory, kind=adapted, dials={"adapter_scale": 2.0})
+    job.advance(4)
+    assert (job.knobs.adapter_scale, scalings(job)) == (2.0, {4.0})
+    kept, loss = job.snapshot(), job.evaluate("validation").loss
+    job.apply(replace(job.knobs, adapter_scale=8.0, clip=0.5))
+    assert job.evaluate("validation").loss != loss
+    job.advance(4)
+    assert scalings(job) == {16.0}
+    job.restore(kept)
+    assert job.knobs == replace(job.knobs, adapter_scale=2.0, clip=0.5)
+    assert job.evaluate("validation").loss == loss
+    job.advance(4)
+    assert scalings(job) == {4.0}
+    assert opened(factory, kind=adapted).knobs.adapter_scale is None
 
 
 def test_what_the_trainer_raises_is_raised(factory):

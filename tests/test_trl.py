@@ -334,12 +334,68 @@ def test_rewards_out_of_range_are_said_to_be(words, tmp_path, caplog):
     assert caplog.text.count("-7 is outside [0, 1]") == 1
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_resumed_run_is_the_uninterrupted_one(words, tmp_path, given):
+class Turner(Pilot):
+    """Triples beta at the second decision and at the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.manifest.actions = Actions(turns=(("beta", 3.0),))
+
+    def act(self, observation):
+        super().act(observation)
+        return self.manifest.actions.size - 1 if len(self.seen) in (2, 3) else KEEP
+
+
+class Beta(TrainerCallback):
+    """The Trainer's beta at each update, after it was set if it is given."""
+
+    def __init__(self, trainer, given=None, stop=None):
+        self.trainer, self.given, self.stop, self.seen = trainer, given, stop, []
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.given:
+            self.trainer.beta = self.given[state.global_step]
+        self.seen.append(self.trainer.beta)
+        if len(self.seen) == self.stop:
+            raise KeyboardInterrupt
+
+
+def test_beta_is_turned_in_the_loss_and_given_back(words, tmp_path):
+    """As if somebody had set it at these updates; also after a run that was cut short."""
+    plain, by_hand, steered, cut = (trainer_of("DPO", words, tmp_path / x) for x in "abcd")
+    callbacks = [TunerCallback(Turner(), mode="explore", trainer=each) for each in (steered, cut)]
+    for each, callback in zip((steered, cut), callbacks, strict=True):
+        each.add_callback(callback)
+    betas = [0.1] * 2 + [0.1 * 3] * 2 + [0.1 * 3 * 3] * 4
+    looks = [Beta(plain), Beta(by_hand, betas), Beta(steered), Beta(cut, stop=6)]
+    for each in (plain, by_hand, steered):
+        each.train()
+    assert looks[2].seen == betas
+    assert steered.beta == plain.beta == 0.1
+    found = [torch.cat([p.detach().flatten() for p in each.model.parameters()])
+             for each in (plain, by_hand, steered)]  # fmt: skip
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[0], found[2])
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    assert cut.beta == betas[5]
+    callbacks[1]._policy.seen.clear()
+    cut.train()
+    assert looks[3].seen[6:] == betas
+    assert callbacks[1]._handles.given.beta == cut.beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("Reward", True), ("Reward", False), ("DPO", True),
+     pytest.param("RLOO", True, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_resumed_run_is_the_uninterrupted_one(words, tmp_path, name, given):
     """In the middle of an interval and, with losses of the log, at its end."""
     for save in (3, 4):
         more = {"save_strategy": "steps", "save_steps": save}
-        whole, again = (trainer_of("Reward", words, tmp_path, **more) for _ in range(2))
+        whole, again = (trainer_of(name, words, tmp_path, **more) for _ in range(2))
         _, seen = steer(whole, given)
         trainer, pilot = again, Pilot()
         callback = TunerCallback(pilot, mode="explore", trainer=trainer if given else None)

@@ -139,10 +139,11 @@ class TunerCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the run, refuse one that cannot be steered, and take up a resumed one."""
-        self._hooks.close()
-        self._begun, failed = False, False
+        failed = False
         self._saved: dict[str, Any] = {}  # what a checkpoint brought
         try:
+            self._leave(loaded=state.global_step > 0)  # a run that was cut short
+            self._begun = False
             self._begin(args, state, **kwargs)
         except SteersmanError:
             self._hooks.close()
@@ -155,9 +156,8 @@ class TunerCallback(TrainerCallback, ExportableState):
             self._hooks.close()
             if self._saved and not self._advise:  # the tuner's settings among it
                 given = self._handles.given
-                then = checkpoint.knobs_of(self._saved, given)
-                self._handles.settle(then.adapter_scale)
-                self._handles.put(given, then)
+                self._handles.settle(checkpoint.knobs_of(self._saved, given).adapter_scale)
+                self._handles.put(given)
                 self._rates.put(self._rates.start)
         elif self._saved:
             self._agree(args, state, control)
@@ -228,9 +228,9 @@ class TunerCallback(TrainerCallback, ExportableState):
         else:
             helm.start()
         self._begun = True
-        self._quiet = args.logging_nan_inf_filter and not self._advise
-        if self._quiet:
+        if args.logging_nan_inf_filter and not self._advise:
             args.logging_nan_inf_filter = False
+            self._hooks.callback(setattr, args, "logging_nan_inf_filter", True)
             logger.warning("logging_nan_inf_filter is off: it logs a loss of NaN as 0")
         if helm.off:
             self._crew.leave()
@@ -246,11 +246,13 @@ class TunerCallback(TrainerCallback, ExportableState):
         checkpoint.agree(self._crew, self._saved, checkpoint.folder_of(args, state.global_step))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model and the arguments as they were found."""
-        if self._begun and self._quiet:
-            args.logging_nan_inf_filter = True
+        """Leave the run as it was found."""
+        self._leave()
+
+    def _leave(self, *, loaded: bool = False) -> None:
+        """Leave model, optimizer and arguments as they were found. loaded: by a checkpoint now."""
         if self._begun:
-            self._handles.leave(self._crew.knobs)
+            self._crew.give_back(loaded=loaded)
         self._hooks.close()
 
     # -- an update ---------------------------------------------------------------------------

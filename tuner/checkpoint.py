@@ -41,6 +41,9 @@ def kept_of(crew: Crew) -> dict[str, Any]:
             "decays": handles.decays,
             "kind": handles.kind,
             "scales": handles.scales,
+            "clip": handles.given.clip,
+            "beta": handles.given.beta,
+            "depth": handles.given.depth,
             "headed": handles.headed,
         },
         "helm": crew.helm.state(),
@@ -70,7 +73,7 @@ def resume(crew: Crew, saved: dict[str, Any], folder: Path, step: int) -> None:
     crew.book = Logbook.from_json(saved["book"])
     sight.eyes.losses = list(saved["losses"])
     if not crew.helm.advise:
-        crew.turn(knobs_of(saved, crew.handles.given))
+        crew.turn(knobs_of(saved, crew.handles.given), anew=True)
     sight.gauge.bounded = saved.get("bounded")
     if saved.get("dropped"):
         sight.drop()

@@ -100,9 +100,9 @@ class Crew:
         if order.off:
             self.leave()
 
-    def turn(self, knobs: Knobs) -> None:
-        """Put settings in force."""
-        self.handles.put(knobs, self.knobs)
+    def turn(self, knobs: Knobs, *, anew: bool = False) -> None:
+        """Put settings in force. anew: whatever is in force now, as after an interrupted run."""
+        self.handles.put(knobs, None if anew else self.knobs)
         self.rates.put(knobs.rate)
         self.knobs = knobs
         self.context = replace(self.context, optimizer=knobs.optimizer)
@@ -117,6 +117,12 @@ class Crew:
                 self.turn(self.handles.given)
         finally:
             self.leave()
+
+    def give_back(self, *, loaded: bool) -> None:
+        """The run is over: the user's settings again. loaded: as of `Handles.leave`."""
+        self.handles.leave(self.knobs, loaded=loaded)
+        self.rates.leave()
+        self.knobs = self.handles.given
 
     def leave(self) -> None:
         """Decide nothing any more, and keep neither hooks nor weights."""

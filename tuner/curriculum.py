@@ -15,7 +15,7 @@ from envs.dials import parse
 from envs.env import FineTuneEnv, MakeJob
 from envs.errors import BadInput
 from envs.hardware import Plan, probe
-from envs.knobs import Actions
+from envs.knobs import Actions, Optimizer
 from envs.lockstep import Lockstep
 from envs.packed import family
 from envs.start import data_of, open_job
@@ -83,6 +83,9 @@ class TrainConfig(BaseModel):
         (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
     )
     rollback: bool = Field(True, description="an action puts the best weights back")
+    optimizers: tuple[Optimizer, ...] = Field(
+        (), description="optimizers that an action may switch to, of classification: sgd, rmsprop"
+    )
     turns: tuple[str, ...] = Field(
         (), description="steps of further knobs, as 'weight_decay x3' or 'depth -1'"
     )
@@ -130,6 +133,7 @@ class TrainConfig(BaseModel):
             self.view,
             self.multipliers,
             self.rollback,
+            self.optimizers,
             turns=tuple(map(parse, self.turns)),
             opens=tuple(map(parse, self.opens)),
         )
@@ -153,7 +157,13 @@ class TrainConfig(BaseModel):
                 f"train: envs: {self.envs} do not share out over groups of {self.group} evenly; "
                 "give a multiple"
             )
-        self.task_list()
+        tasks = self.task_list() + (self.task_list("larger") if self.larger else [])
+        own = next((task for task in tasks if task.objective != "classification"), None)
+        if self.optimizers and own is not None:
+            raise BadInput(
+                f"train: optimizers: {own.name} has a Trainer's optimizer, which cannot be "
+                "switched; leave it or them out"
+            )
         self.actions()
 
     @property

@@ -82,7 +82,8 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
     best, curve, state = Best(), list[Point](), "complete"
     ended = start
     own = tuple(name for name in DIALS if getattr(job.knobs, name) is not None)
-    helm = Helm(policy, replace(limits, turns=own), start)
+    switch = task.objective == "classification"
+    helm = Helm(policy, replace(limits, switch=switch, turns=own), start)
     try:
         first = job.evaluate("validation").loss
         history, lowest, snapshot = [report_start(job, first)], first, job.snapshot()
