@@ -318,7 +318,7 @@ def test_more_rows_than_training_saw_count_as_the_most_it_saw():
     observation[place] = 3.0
     assert default.outside(observation) == []
     assert np.array_equal(default.scores(observation), known)
-    observation[place] = -1.5
+    observation[place] = -2.0
     assert default.outside(observation) == ["rows"]
 
 

@@ -234,7 +234,7 @@ def test_imitation_teaches_the_way_to_the_best_rate(config):
     """By hand: it is left alone where it is good; within reach only."""
     actions = Actions(multipliers=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), rollback=False)
     seen = np.zeros((5, SIZE), np.float32)
-    seen[:, PLACES["rate_vs_reference"]] = (-1.25, -0.24, 0.75, 1.25, 1.25)
+    seen[:, PLACES["rate_vs_reference"]] = (-1.1, -0.1, 0.75, 1.25, 1.25)
     seen[4, PLACES["rate_vs_start"]] = -1.0  # half a decade is left
     expected = ["x10", "keep", "x0.1", "x0.03", "x0.3"]
     assert [actions.label(a) for a in teacher(seen, actions)] == expected
@@ -264,7 +264,7 @@ def test_imitation_alone_is_a_policy_like_any_other(config, tmp_path):
     assert taught.manifest.provenance["episodes"] == 0
     seen = np.zeros(SIZE, np.float32)
     chosen = []
-    for decades in (-1.25, 0.0, 1.25):
+    for decades in (-1.1, 0.0, 1.25):
         seen[PLACES["rate_vs_reference"]] = decades
         chosen.append(taught.manifest.actions.label(taught.act(seen)))
     assert chosen == ["x10", "keep", "x0.03"]
