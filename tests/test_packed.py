@@ -25,7 +25,6 @@ from envs.lockstep import Lockstep, PackedJob
 from envs.packed import Pack
 from envs.stack import Stack, Turn
 
-
 ROUNDING = 3e-5  # of weights after a few updates; processors differ
 
 
