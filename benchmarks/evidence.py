@@ -71,7 +71,7 @@ WHY = """## Why bars are missed, as far as it is known
   rule of thumb with the same head's rate, is one by construction. The two are level: in one run
   they differ by two points either way, which is luck. To be better in 75 % of the runs would take
   a gain of a point and a half, and nothing that was tried (a rate for each job, other shapes, a
-  head's rate that moves, averaged weights) brought half a point.
+  head's rate that moves, averaged weights) brought a point.
 - **Trials to match.** Six jobs of five seeds: one job's seeds decide whether a searcher of 32
   trials is ever matched, so the interval is wide, and of the two jobs in the middle the lower one
   counts. The searcher's selection among 32 checkpoints by its own rows also wins where a steered
