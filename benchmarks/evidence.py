@@ -81,8 +81,8 @@ WHY = """## Why bars are missed, as far as it is known
   time, so what the policy opens with wins nothing; the best fixed setting is level with it here,
   too. Three jobs of three seeds.
 - **A tuner of all objectives.** In the median objective 6 trials, and more than 8 for `default`,
-  which never saw them: both go to the same rate. Where they are behind (DPO, GRPO, translation),
-  the rule of thumb is off, or the metric is coarse.
+  which never saw them: both are taught the same rate. Where they are behind (DPO, GRPO,
+  translation), the rule of thumb is off, or the metric is coarse.
 - **Harm in mode careful.** Worse by 1 % is within the luck of a seed: it befalls the same
   schedule with another seed three times as often. A mode that reaches 2 % hardly acts, and
   was better in half of the runs, as one that does nothing is.

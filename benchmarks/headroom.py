@@ -40,10 +40,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tiny-64, head x10": {"model": "tiny-64", "head": 10.0},
     "tiny-32, LoRA, head x2": {"adapter": "lora", "head": 2.0},
     "tiny-32, LoRA, head x10": {"adapter": "lora", "head": 10.0},
-    "tiny-128, head x10": {"model": "tiny-128", "head": 10.0},
     "tiny-32, head x10, batch 8": {"batch": 8, "head": 10.0},
     "tiny-32, head x10, batch 64": {"batch": 64, "head": 10.0},
-    "tiny-32, head x10, 400 steps": {"steps": 400, "interval": 40, "head": 10.0},
     "tiny-32, head x10, RMSprop": {"optimizer": "rmsprop", "head": 10.0},
 }
 

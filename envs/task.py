@@ -165,11 +165,6 @@ OBJECTIVE_TASKS: dict[str, Task] = {
 """Shipped tasks of the other objectives, by name: see `envs.objectives`."""
 
 
-def kind(objective: str) -> str:
-    """The objective that stands for all with the same loss on the same kind of model."""
-    return {"sft": "causal", "headlines": "translation"}.get(objective, objective)
-
-
 def find(name: "str | Task | Mapping[str, Any]", **changes: Any) -> Task:
     """A task with some fields changed: a shipped one by name, a `Task`, or its fields."""
     known = {field.name for field in fields(Task)}

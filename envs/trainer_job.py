@@ -17,11 +17,12 @@ from envs.errors import BadInput, RunFailed
 from envs.gauge import Gauge
 from envs.handles import Handles, beta_of, kind_of
 from envs.head import Lift, head_of, is_new
-from envs.instruments import Eyes, Rates, describe, listen, objective_of
+from envs.instruments import Eyes, Rates, describe, listen
 from envs.job import Score, finite, spread
 from envs.knobs import LORA, OPTIMIZERS, Actions, Knobs, Optimizer
 from envs.parts import Parts
 from envs.progress import Context, Progress
+from envs.purpose import objective_of
 from envs.refusals import refuse_job
 from envs.snapshot import Snapshot, recall, remember
 from envs.switchable import SwitchableOptimizer

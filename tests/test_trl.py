@@ -23,9 +23,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from envs.errors import BadInput
-from envs.instruments import objective_of
 from envs.knobs import Actions
 from envs.observe import FEATURES
+from envs.purpose import objective_of
 from tuner.callback import LOG, TunerCallback
 
 trl = pytest.importorskip("trl")

@@ -14,9 +14,10 @@ from transformers.trainer_callback import ExportableState
 
 from envs.errors import BadInput, SteersmanError
 from envs.handles import Handles
-from envs.instruments import Rates, describe, objective_of
+from envs.instruments import Rates, describe
 from envs.processes import rank
 from envs.progress import Context
+from envs.purpose import objective_of
 from envs.refusals import refuse_arguments, refuse_engine
 from tuner import checkpoint, processes
 from tuner.audit import Pilot

@@ -10,10 +10,11 @@ from torch import nn
 from envs import probe
 from envs.errors import BadInput
 from envs.gauge import Gauge
-from envs.instruments import Eyes, Slice, listen, objective_of
+from envs.instruments import Eyes, Slice, listen
 from envs.job import finite
 from envs.processes import rank
 from envs.progress import Progress
+from envs.purpose import objective_of
 
 logger = logging.getLogger(__name__)
 

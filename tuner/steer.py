@@ -14,7 +14,7 @@ from envs.errors import BadInput
 from envs.knobs import KEEP, Knobs, Optimizer, decode, exchange
 from envs.observe import observe
 from envs.progress import Context, Progress
-from envs.task import kind
+from envs.purpose import kind
 from tuner.audit import Audit, Pilot, applied, lead, normalised, proposal, reason
 from tuner.guard import GuardState, Limits, Ruling, alarm, rule, switch_off
 from tuner.policy import PLACES
