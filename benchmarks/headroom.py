@@ -43,6 +43,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tiny-32, head x10, batch 8": {"batch": 8, "head": 10.0},
     "tiny-32, head x10, batch 64": {"batch": 64, "head": 10.0},
     "tiny-32, head x10, RMSprop": {"optimizer": "rmsprop", "head": 10.0},
+    "tiny-64, head x10, RMSprop": {"model": "tiny-64", "optimizer": "rmsprop", "head": 10.0},
+    "tiny-32, head x10, SGD": {"optimizer": "sgd", "head": 10.0},
+    "tiny-64, head x10, SGD": {"model": "tiny-64", "optimizer": "sgd", "head": 10.0},
+    "tiny-32, SGD": {"optimizer": "sgd"},
+    "tiny-32, RMSprop": {"optimizer": "rmsprop"},
 }
 
 

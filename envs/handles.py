@@ -14,7 +14,9 @@ from envs.parts import Parts
 from envs.shards import sharded
 from envs.switchable import SwitchableOptimizer
 
-KINDS: dict[str, Optimizer] = {"SGD": "sgd", "RMSprop": "rmsprop"}  # of others, "adamw"
+KINDS: dict[str, Optimizer] = {"sgd": "sgd", "rmsprop": "rmsprop"}  # by a part of the name
+ALIKE = ("adam", "ademamix", "adafactor")  # in a name: takes the rates that AdamW takes
+APART = ("prodigy", "dadapt", "asgd")  # in a name: makes something else of its rate
 
 
 class Handles:
@@ -185,7 +187,26 @@ def kind_of(optimizer: Any) -> Optimizer:
     inner = getattr(optimizer, "optimizer", optimizer)
     if isinstance(inner, SwitchableOptimizer):
         return inner.kind
-    return KINDS.get(type(inner).__name__, "adamw")
+    named = (kind for name in _names(inner) for known, kind in KINDS.items() if known in name)
+    return next(named, "adamw")
+
+
+def refuse_unknown(optimizer: Any) -> None:
+    """Optimizers whose rates are of a scale that no tuner knows, as Lion's or Prodigy's."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    names = _names(inner)
+    like = any(part in name for name in names for part in (*KINDS, *ALIKE))
+    apart = any(part in name for name in names for part in APART)
+    if apart or not (like or isinstance(inner, SwitchableOptimizer)):
+        raise BadInput(
+            f"trainer: optimizer: {type(inner).__name__}: which rates suit it is not known to the "
+            "tuner; train with AdamW, SGD or RMSprop, or without the tuner"
+        )
+
+
+def _names(thing: Any) -> list[str]:
+    """The names of a thing's class and of its bases."""
+    return [cls.__name__.lower() for cls in type(thing).__mro__]
 
 
 def beta_of(trainer: Any) -> float | None:

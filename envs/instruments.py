@@ -18,6 +18,7 @@ from envs import probe
 from envs.chance import put_back
 from envs.errors import BadInput
 from envs.files import write_atomic
+from envs.head import unwrapped
 from envs.processes import total, world
 from envs.shards import local, reshard, sharded
 from envs.snapshot import Snapshot
@@ -377,8 +378,17 @@ def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> d
     known = classes or max(2, named)  # one output is a regression or a reward: it has no classes
     lora = any("lora_" in name for name, _ in model.named_parameters())
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": _size(model),
         "rows": rows_of(getattr(loader, "dataset", None), seen),
         "classes": int(known),
         "adapter": "lora" if lora else "full",
     }
+
+
+def _size(model: nn.Module) -> int:
+    """Weights of a model; of an encoder-decoder, of its larger half: width is what counts."""
+    inner = unwrapped(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        halves = (inner.get_encoder(), inner.get_decoder())
+        return max(sum(p.numel() for p in half.parameters()) for half in halves)
+    return sum(p.numel() for p in model.parameters())

@@ -94,6 +94,7 @@ def factor(knobs: Knobs, step: int, total: int) -> float:
 
 LORA = 5.0  # times the rate that all weights take: an adapter's
 PREFERENCES = ("reward", "dpo", "kto")  # objectives that learn from pairs or from verdicts
+SCALES = {"sgd": 12.0, "rmsprop": 0.25}  # times AdamW's rate; of what is not known, 1
 
 
 def reference_rate(
@@ -104,13 +105,14 @@ def reference_rate(
     AdamW's falls as the model grows: 7e-3 at 200 thousand parameters, 2e-3 at a million (the
     best of half-decade sweeps on this project's tasks), about 8e-6 at 7 billion. Preferences
     over-fit sooner: 0.3 of it was best on models of width 64, of 0.03, 0.1, 0.3 and 1 (two seeds).
+    SGD's and RMSprop's lie just below where training tasks break down (`benchmarks/headroom.py`).
     """
     rate = 7e-3 * (max(parameters, 1) / 2e5) ** -0.65
     if adapter == "lora":
         rate *= LORA
     if objective in PREFERENCES:
         rate *= 0.3
-    return rate * {"adamw": 1.0, "rmsprop": 0.5, "sgd": 50.0}.get(optimizer, 1.0)
+    return rate * SCALES.get(optimizer, 1.0)
 
 
 def exchange(old: str, new: str, parameters: int, adapter: str) -> float:

@@ -32,6 +32,7 @@ from envs import shards, workload
 from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.gauge import Gauge
+from envs.handles import kind_of, refuse_unknown
 from envs.job import batches, spread
 from envs.knobs import Actions
 from envs.observe import FEATURES, SIZE
@@ -707,6 +708,43 @@ def test_engines_that_keep_the_weights_to_themselves_are_refused(task, tmp_path,
 
     with pytest.raises(BadInput, match=f"trainer: {engine.lower()}: not supported .*; train with"):
         train(task, tmp_path, TunerCallback(Stub()), before=prepare)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "kind"),
+    [
+        ("AdamW8bit", torch.optim.Optimizer, "adamw"),
+        ("Adafactor", torch.optim.Optimizer, "adamw"),
+        ("Ours", torch.optim.AdamW, "adamw"),
+        ("SGDScheduleFree", torch.optim.Optimizer, "sgd"),
+        ("Ours", torch.optim.RMSprop, "rmsprop"),
+        ("Lion", torch.optim.Optimizer, None),
+        ("Muon", torch.optim.Optimizer, None),
+        ("Prodigy", torch.optim.AdamW, None),
+        ("DAdaptAdam", torch.optim.Optimizer, None),
+        ("ASGD", torch.optim.ASGD, None),
+    ],
+)  # fmt: skip
+def test_optimizers_whose_rates_are_of_another_scale_are_refused(name, base, kind):
+    optimizer = type(name, (base,), {})([torch.nn.Parameter(torch.zeros(2))], {"lr": 1.0}
+                                        if base is torch.optim.Optimizer else 1.0)  # fmt: skip
+    wrapped = SimpleNamespace(optimizer=optimizer)  # as accelerate does
+    for each in (optimizer, wrapped):
+        if kind is None:
+            with pytest.raises(BadInput, match=f"optimizer: {name}: .*; train with AdamW, SGD or"):
+                refuse_unknown(each)
+        else:
+            refuse_unknown(each)
+            assert kind_of(each) == kind
+
+
+def test_the_callback_refuses_such_an_optimizer_before_the_first_update(task, tmp_path):
+    def lion(trainer):
+        kind = type("Lion", (torch.optim.Optimizer,), {"step": lambda self, closure=None: None})
+        trainer.optimizer = kind(trainer.model.parameters(), {"lr": 1e-4})
+
+    with pytest.raises(BadInput, match="Lion"):
+        train(task, tmp_path, TunerCallback(Stub()), before=lion)
 
 
 def test_weights_that_are_spread_in_ways_that_cannot_be_read_are_refused():

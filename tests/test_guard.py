@@ -408,9 +408,9 @@ def test_a_switched_optimizer_takes_the_bounds_along():
     history = [Progress(0, START, 1.0)]
     ruling = helm.decide(history, context, knobs)
     knobs = ruling.turn(knobs, context)
-    assert (knobs.optimizer, knobs.rate) == ("sgd", pytest.approx(50 * START))
+    assert (knobs.optimizer, knobs.rate) == ("sgd", pytest.approx(12 * START))
     for step in (10, 20):
         history.append(Progress(step, knobs.rate, 1.0, (1.0, 0.9), decision=ruling.decision))
         ruling = helm.decide(history, replace(context, optimizer="sgd"), knobs)
         knobs = ruling.turn(knobs, context)
-    assert knobs.rate == pytest.approx(50 * START * EXPLORE)
+    assert knobs.rate == pytest.approx(12 * START * EXPLORE)

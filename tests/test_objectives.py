@@ -15,6 +15,7 @@ from tokenizers import processors
 from envs import objectives, preferences, texts, workload, writing
 from envs.errors import BadInput, UnknownName
 from envs.examples import FIELDS, KINDS
+from envs.instruments import describe
 from envs.knobs import Knobs
 from envs.setups import IGNORED
 from envs.task import TASKS, Task, find
@@ -164,6 +165,18 @@ def test_an_adapter_trains_alone(objective, task_of):
     new = ("lora_", "modules_to_save", "head")
     assert all(any(part in name for part in new) for name in moved)
     assert setup.score(setup.trainer, "validation").loss >= 0
+
+
+@pytest.mark.usefixtures("_letters")
+def test_a_ruler_is_for_the_width_and_not_for_the_number_of_stacks(task_of):
+    """An encoder-decoder made of an encoder twice is judged as if it were about that encoder."""
+    task = task_of("translation")
+    model = objectives.prepare(task, 0, Knobs()).trainer.model
+    halves = [sum(p.numel() for p in half.parameters()) for half in (model.encoder, model.decoder)]
+    found = describe(model, None, None, 8)["parameters"]
+    assert found == max(halves) < sum(halves) == sum(p.numel() for p in model.parameters())
+    wrapped = objectives.prepare(task_of("translation", adapter="lora"), 0, Knobs()).trainer.model
+    assert max(halves) < describe(wrapped, None, None, 8)["parameters"] < sum(halves)
 
 
 @pytest.mark.usefixtures("_letters")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from envs.errors import BadInput, SteersmanError
-from envs.handles import Handles
+from envs.handles import Handles, refuse_unknown
 from envs.instruments import Rates, describe
 from envs.processes import rank
 from envs.progress import Context
@@ -340,6 +340,7 @@ class TunerCallback(TrainerCallback, ExportableState):
 def _check(args: Any, state: Any, optimizer: Any, asked: int | None) -> None:
     """Refuse what cannot be steered."""
     refuse_engine(args, getattr(optimizer, "accelerator_state", None))
+    refuse_unknown(optimizer)
     if state.max_steps < 1:
         raise BadInput(
             f"trainer: max_steps: {state.max_steps} leaves nothing to steer; ask for 1 update or "

@@ -83,6 +83,9 @@ class TrainConfig(BaseModel):
         (0.1, 0.3, 1.0, 3.0), description="what an action may multiply the rate by"
     )
     rollback: bool = Field(True, description="an action puts the best weights back")
+    starts: tuple[Optimizer, ...] = Field(
+        ("adamw",), description="optimizers that runs start with, drawn: adamw, sgd, rmsprop"
+    )
     optimizers: tuple[Optimizer, ...] = Field(
         (), description="optimizers that an action may switch to, of classification: sgd, rmsprop"
     )
@@ -224,7 +227,7 @@ def _make(config: TrainConfig, plan: Plan, stage: Stage) -> VectorEnv:
         return SurrogateVectorEnv(
             SIMULATED, actions=config.actions(), decisions=config.task_list()[0].decisions,
             interval=config.interval, spread=config.spread, vary=config.vary, shape="any",
-            blind=config.blind,
+            optimizers=config.starts, blind=config.blind,
         )  # fmt: skip
     for task in config.task_list(stage):  # read once here; forked processes share the memory
         data_of(task)
@@ -261,6 +264,7 @@ def _make_env(config: TrainConfig, stage: Stage, number: int, make_job: MakeJob)
         actions=config.actions(),
         spread=config.spread,
         vary=config.vary,
+        optimizers=config.starts,
         blind=config.blind,
         shape="any",
         make_job=make_job,

@@ -9,11 +9,13 @@ that it and random actions lead to (as in DAgger, Ross et al. 2011), so that a n
 the way back.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from envs.env import EXPLORE
-from envs.knobs import Actions
+from envs.knobs import Actions, Optimizer
 from envs.surrogate import SurrogateVectorEnv
 from tuner.policy import PLACES
 
@@ -39,10 +41,12 @@ def teacher(observations: NDArray[np.float32], actions: Actions) -> NDArray[np.i
 
 
 def lessons(
-    actions: Actions, decisions: int, seed: int
+    actions: Actions, decisions: int, seed: int, starts: Sequence[Optimizer] = ("adamw",)
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Observations of simulated runs, (n, features), and what the teacher does there, (n,)."""
-    runs = SurrogateVectorEnv(RUNS, actions=actions, decisions=decisions, shape="any", vary=True)
+    runs = SurrogateVectorEnv(
+        RUNS, actions=actions, decisions=decisions, optimizers=starts, shape="any", vary=True
+    )
     rng = np.random.default_rng(seed)
     observations, _ = runs.reset(seed=seed)
     seen, shown = [], []

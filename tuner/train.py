@@ -74,7 +74,8 @@ def train(
                 if learned is not None:
                     agent.load(learned)
                 elif config.imitate or config.agent == "imitation":
-                    shown = lessons(config.actions(), config.task_list()[0].decisions, config.seed)
+                    decisions = config.task_list()[0].decisions
+                    shown = lessons(config.actions(), decisions, config.seed, config.starts)
                     cast(Any, agent).imitate(*shown, config.seed)
                 continue  # a finished training that is repeated learns no more
             recorder.forget()
