@@ -18,6 +18,8 @@ from envs.knobs import RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Optimizer, refer
 from envs.start import open_job
 from envs.task import Task
 
+LISTED = 16  # settings of the best list
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -109,6 +111,19 @@ class Fixed:
         run_static(arena, knobs)
 
 
+@dataclass(frozen=True)
+class BestList:
+    """Settings that are tried one after another while the budget lasts, whatever the job."""
+
+    settings: tuple[Fixed, ...]
+    name: str = "list"
+
+    def run(self, arena: Arena) -> None:
+        """Each once, or until `BudgetSpent`."""
+        for setting in self.settings:
+            setting.run(arena)
+
+
 STATIC: dict[str, type[Method]] = {
     method.name: method for method in (Keep, TrainerDefault, CosineWarmup, Constant)
 }
@@ -142,6 +157,34 @@ def best_fixed(candidates: Sequence[Fixed], outcomes: Iterable[Mapping[str, Any]
     outcomes: of a comparison of exactly these candidates on the tuner's own training tasks.
     Ranks, so that a task with a wide range of scores does not decide alone; equals share theirs.
     """
+    every = _by_job(candidates, outcomes)
+    ahead, equal = every[:, None, :] > every[:, :, None], every[:, None, :] == every[:, :, None]
+    ranks = (ahead + 0.5 * equal).sum(2)
+    return replace(candidates[int(np.argmin(ranks.mean(0)))], name="fixed")
+
+
+def best_list(
+    candidates: Sequence[Fixed], outcomes: Iterable[Mapping[str, Any]], length: int = LISTED
+) -> "BestList":
+    """Candidates to try one after another, each the one that helps those before it most.
+
+    Greedy: the next is what raises the mean over jobs of the best selection metric so far, in
+    shares of the job's range (sequential portfolios, as in Xu et al. 2010, Hydra, AAAI).
+    """
+    every = _by_job(candidates, outcomes)
+    low, high = every.min(1, keepdims=True), every.max(1, keepdims=True)
+    shares = (every - low) / np.where(high > low, high - low, 1.0)
+    chosen, best = list[int](), np.zeros((len(every), 1))
+    while len(chosen) < min(length, len(candidates)):
+        worth = np.maximum(shares, best).mean(0) + 1e-6 * shares.mean(0)  # the latter among equals
+        worth[chosen] = -1.0
+        chosen.append(int(np.argmax(worth)))
+        best = np.maximum(best, shares[:, chosen[-1:]])
+    return BestList(tuple(candidates[i] for i in chosen))
+
+
+def _by_job(candidates: Sequence[Fixed], outcomes: Iterable[Mapping[str, Any]]) -> Any:
+    """(jobs, candidates) best selection metrics."""
     names = [candidate.name for candidate in candidates]
     table: dict[tuple[str, int], dict[str, float]] = {}
     for outcome in outcomes:
@@ -150,10 +193,7 @@ def best_fixed(candidates: Sequence[Fixed], outcomes: Iterable[Mapping[str, Any]
         table.setdefault(job, {})[outcome["method"]] = max(scores, default=0.0)
     if not table or any(set(row) != set(names) for row in table.values()):
         raise BadInput("fixed: a candidate lacks a job; compare all of them on the same ones")
-    every = np.array([[row[name] for name in names] for row in table.values()])
-    ahead, equal = every[:, None, :] > every[:, :, None], every[:, None, :] == every[:, :, None]
-    ranks = (ahead + 0.5 * equal).sum(2)
-    return replace(candidates[int(np.argmin(ranks.mean(0)))], name="fixed")
+    return np.array([[row[name] for name in names] for row in table.values()])
 
 
 def find_fixed(

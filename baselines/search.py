@@ -13,7 +13,16 @@ import optuna
 from baselines.method import Arena, Point, finish
 from baselines.schedules import reference
 from envs.errors import BadInput, UnknownName
-from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR, SHAPES, Knobs, Shape, exchange
+from envs.knobs import (
+    OPTIMIZERS,
+    RATE_CEILING,
+    RATE_FLOOR,
+    SHAPES,
+    Knobs,
+    Optimizer,
+    Shape,
+    exchange,
+)
 from envs.task import Task
 
 Sampler = Literal["random", "tpe", "tpe-independent", "gp", "cmaes"]
@@ -34,10 +43,10 @@ class Search:
     warm-up, 0 to 0.2 of the steps; a classifier's head's rate, log-uniform from 0.3 to 30 times
     that of the other weights; weight decay, log-uniform from 1e-5 to 0.1, below 1e-4 none
     (a quarter of the draws; one flat dimension, as a conditional one would turn multivariate
-    TPE, GP and CMA-ES into random search); optimizer. The rate is AdamW's: for SGD and RMSprop
-    it is scaled by the ratio of their `reference_rate` to AdamW's, so that the rate's dimension
-    means the same under each. ``center`` is by default AdamW's reference rate of the task's
-    model, the centre of the starting rates too; the misjudged start itself is not used.
+    TPE, GP and CMA-ES into random search); optimizer, one of ``optimizers``. The rate is AdamW's:
+    for SGD and RMSprop it is scaled by the ratio of their `reference_rate` to AdamW's, so that the
+    rate's dimension means the same under each. ``center`` is by default AdamW's reference rate of
+    the task's model, the centre of the starting rates too; the misjudged start is not used.
 
     ``knots``: instead of shape and warm-up, so many log-uniform multipliers of the rate, `LOWEST`
     to `HIGHEST`, at evenly spaced points of the run, the first and the last interval included; in
@@ -58,6 +67,7 @@ class Search:
     center: float | None = None
     decades: float = 1.5
     knots: int = 0
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS  # one: the reach of a tuner that keeps to it
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(Sampler):
@@ -70,13 +80,16 @@ class Search:
             raise BadInput(f"search: decades: {self.decades!r} is not in (0, 4]")
         if self.knots != 0 and not 2 <= self.knots <= 16:
             raise BadInput(f"search: knots: {self.knots!r} are not 2 to 16; give 0 for none")
+        if not self.optimizers or not set(self.optimizers) <= set(OPTIMIZERS):
+            raise BadInput(f"search: optimizers: {self.optimizers!r} are not some of {OPTIMIZERS}")
         if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
             raise BadInput("search: sampler: 'cmaes' needs a package; pip install cmaes")
 
     @property
     def name(self) -> str:
-        """For example ``random``, ``tpe+hyperband`` or ``tpe+knots``."""
-        parts = (self.sampler, "knots" if self.knots else None, self.pruner)
+        """For example ``random``, ``tpe+hyperband``, ``tpe+knots`` or ``tpe+adamw``."""
+        only = None if self.optimizers == OPTIMIZERS else "-".join(self.optimizers)
+        parts = (self.sampler, "knots" if self.knots else None, only, self.pruner)
         return "+".join(part for part in parts if part)
 
     def run(self, arena: Arena) -> None:
@@ -85,7 +98,9 @@ class Search:
         study = self._study(arena)
         while True:
             trial = study.ask()
-            knobs, multipliers = draw(trial, center, self.decades, arena.task, self.knots)
+            knobs, multipliers = draw(
+                trial, center, self.decades, arena.task, self.knots, self.optimizers
+            )
             ended = finish(
                 arena,
                 arena.open(knobs),
@@ -128,7 +143,12 @@ def _sampler(name: Sampler, seed: int) -> Any:
 
 
 def draw(
-    trial: Any, center: float, decades: float, task: Task, knots: int
+    trial: Any,
+    center: float,
+    decades: float,
+    task: Task,
+    knots: int,
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS,
 ) -> tuple[Knobs, tuple[float, ...]]:
     """A trial's settings, and its knots if there are any; ``trial`` suggests as Optuna's do."""
     shape: Shape = "constant"
@@ -142,7 +162,7 @@ def draw(
         shape = trial.suggest_categorical("shape", SHAPES)
         warmup = trial.suggest_float("warmup", 0.0, 0.2)
     decay = trial.suggest_float("weight_decay", NO_DECAY / 10, 0.1, log=True)
-    optimizer = trial.suggest_categorical("optimizer", OPTIMIZERS)
+    optimizer = trial.suggest_categorical("optimizer", optimizers)
     rate *= exchange("adamw", optimizer, 1, task.adapter)
     headed = task.objective == "classification"
     head = trial.suggest_float("head_rate", *HEAD, log=True) if headed else None

@@ -1,6 +1,6 @@
 """The ruler on other objectives: where a Trainer's run ends from rates around the reference rate.
 
-    python benchmarks/objective_rates.py [--tasks ratings,dpo] [--seeds 1]
+    python benchmarks/objective_rates.py [--tasks ratings,dpo] [--seeds 1] [--first 0] [--model M]
 
 Each shipped task of `envs.objectives`, each rate linear to zero, ``trainer.train()`` alone.
 "cost" is the validation cost at the end by multiple of `envs.knobs.reference_rate`; "seconds" are
@@ -18,10 +18,11 @@ import torch
 from record import merge
 
 from envs import objectives, workload
+from envs.instruments import describe
 from envs.knobs import RATE_CEILING, Knobs, reference_rate
-from envs.task import Task
+from envs.task import Task, find
 
-MULTIPLES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+MULTIPLES = (0.03, 0.1, 0.3, 0.56, 1.0, 1.8, 3.0, 10.0)
 
 
 def run(task: Task, seed: int, rate: float) -> dict[str, float]:
@@ -44,9 +45,9 @@ def run(task: Task, seed: int, rate: float) -> dict[str, float]:
 
 
 def size_of(task: Task) -> int:
-    """Weights of the task's model, heads and bridges included."""
+    """Weights of the task's model as the ruler counts them, heads and bridges included."""
     model = objectives.prepare(task, 0, Knobs()).trainer.model
-    return sum(p.numel() for p in model.parameters())
+    return int(describe(model, None, None, task.rows)["parameters"])
 
 
 def figures(task: Task, seeds: range) -> dict[str, Any]:
@@ -84,13 +85,19 @@ def main() -> None:
     )
     parser.add_argument("--tasks", default=",".join(objectives.TASKS))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--model", help="in place of the task's own, as tiny-64")
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # or every Trainer collects all that was imported
+    seeds = range(options.first, options.first + options.seeds)
     for name in options.tasks.split(","):
-        found = figures(objectives.TASKS[name], range(options.seeds))
-        merge("objective_rates", name, found, seeds=list(range(options.seeds)))
+        changes = {"model": options.model} if options.model else {}
+        task = find(objectives.TASKS[name], **changes)
+        name += f"/{options.model}" if options.model else ""
+        found = figures(task, seeds)
+        merge("objective_rates", name, found, seeds=list(seeds))
         print(name, found, flush=True)
 
 

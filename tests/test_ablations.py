@@ -12,14 +12,17 @@ from test_policy import example
 
 from baselines.identity import describe
 from baselines.method import Arena
+from baselines.schedules import Fixed
 from envs.errors import BadInput
-from envs.knobs import Actions, decode
+from envs.knobs import Actions, Knobs, decode
 from envs.observe import SIZE, space
 from envs.task import TASKS
-from tuner.ablations import RandomActions, Rule, Shuffled, pool
+from tuner.ablations import Opened, RandomActions, Rule, Shuffled, pool
 from tuner.evaluate import PolicyMethod, ablations, run_comparison, write_report
 from tuner.policy import PLACES
 from tuner.settings import CompareConfig
+
+LIFTED = Actions(opens=(("head_rate", 10.0),), rollback=False)
 
 
 class TestAblations(MethodConformance):
@@ -92,6 +95,22 @@ def test_the_rule_brings_a_misjudged_run_to_the_reference_under_the_guard(decade
     assert rates[3:] == pytest.approx([OPTIMUM] * 7, rel=0.15)
 
 
+@pytest.mark.parametrize("view", ["discrete", "continuous"])
+def test_what_a_policy_opens_with_alone_keeps_the_rate_and_has_the_head(view, tiny_task):
+    """The run is the user's own schedule with that head's rate, to the bit."""
+    pilot = Opened(replace(LIFTED, view=view))
+    arena, plain = (Arena(tiny_task(), 0, 2e-3, 9) for _ in range(2))
+    PolicyMethod(pilot).run(arena)
+    Fixed(Knobs(2e-3, head_rate=10.0)).run(plain)
+    (mine,), (own,) = arena.trials, plain.trials
+    assert {point.rate for point in mine.curve} == {2e-3}
+    assert mine.test == own.test
+    assert [point.selection for point in mine.curve] == [point.selection for point in own.curve]
+    rule = Arena(tiny_task(), 0, 2e-3, 9)
+    PolicyMethod(Rule(opens=LIFTED.opens)).run(rule)
+    assert rule.trials[0].knobs.head_rate == 10.0
+
+
 # Random actions.
 
 
@@ -152,6 +171,7 @@ def test_ablations_are_told_apart_are_plain_values_and_travel():
     known = [
         Shuffled(replace(policy, sha256="a")), Shuffled(replace(policy, sha256="b")), Rule(),
         Rule(near=0.1), RandomActions(Actions()), RandomActions(Actions("continuous")),
+        Opened(Actions()), Opened(LIFTED), Rule(opens=LIFTED.opens),
     ]  # fmt: skip
     told = [json.dumps(describe(PolicyMethod(each))) for each in [policy, *known]]
     assert len(set(told)) == len(told)
@@ -167,7 +187,7 @@ def test_only_a_policy_counts_as_steered():
 def test_each_policy_is_shuffled_and_the_others_come_once():
     found = ablations(["one", "two"], [example("ppo"), example("sarsa")])
     assert [method.name for method in found] == [
-        "one shuffled", "two shuffled", "random-actions", "rule",
+        "one shuffled", "two shuffled", "random-actions", "opened", "rule",
     ]  # fmt: skip
     with pytest.raises(BadInput, match="give one"):
         ablations([], [])
@@ -182,12 +202,13 @@ def test_a_second_run_of_a_cell_draws_other_actions():
 def test_a_comparison_with_ablations(tiny_task, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", tiny_task())
     config = CompareConfig(
-        tasks=("tiny",), seeds=2, runs=2, methods=("keep", "range-test"), workers=0, ablations=True
+        tasks=("tiny",), seeds=4, runs=2, methods=("keep", "range-test"), workers=0, ablations=True
     )
     found = run_comparison(config, [example("ppo")], tmp_path, lambda *given: None)
     assert {(outcome["method"], outcome["steered"]) for outcome in found} == {
         ("keep", False), ("range-test", False), ("steersman", True),
-        ("steersman shuffled", False), ("random-actions", False), ("rule", False),
+        ("steersman shuffled", False), ("random-actions", False), ("opened", False),
+        ("rule", False),
     }  # fmt: skip
     guards = [
         point["guard"] for each in found for trial in each["trials"] for point in trial["curve"]

@@ -17,7 +17,14 @@ from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.job import TorchJob
 from envs.task import TASKS, Task
-from tuner.evaluate import KNOWN, PolicyMethod, make_method, run_comparison, write_report
+from tuner.evaluate import (
+    KNOWN,
+    LEARNED,
+    PolicyMethod,
+    make_method,
+    run_comparison,
+    write_report,
+)
 from tuner.settings import CompareConfig
 
 
@@ -108,14 +115,16 @@ def test_later_runs_start_where_the_best_ended():
 
 def test_a_comparison_end_to_end(tiny_task, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", replace(tiny_task()))
-    config = CompareConfig(tasks=("tiny",), training=("tiny",), seeds=2, search_seeds=1, runs=3,
-                           methods=("keep", "fixed", "random"), workers=0, best_of=2)  # fmt: skip
+    config = CompareConfig(
+        tasks=("tiny",), training=("tiny",), seeds=2, search_seeds=1, runs=3, workers=0, best_of=2,
+        methods=("keep", "fixed", "list", "random"),
+    )  # fmt: skip
     run_comparison(config, [example("ppo")], tmp_path, quiet)
     first = outcomes(Ledger(tmp_path / "ledger.sqlite"))
     counts = {
         name: sum(o["method"] == name for o in first) for name in {o["method"] for o in first}
     }
-    assert counts == {"keep": 2, "steersman": 2, "fixed": 2, "random": 1,
+    assert counts == {"keep": 2, "steersman": 2, "fixed": 2, "list": 1, "random": 1,
                       "steersman best of 2": 1}  # fmt: skip
     assert len({(o["seed"], o["start_rate"]) for o in first}) == 2
     run_comparison(config, [example("ppo")], tmp_path, quiet)  # nothing is left to do
@@ -128,7 +137,7 @@ def test_a_comparison_end_to_end(tiny_task, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text())["cells"] == 2
 
 
-@pytest.mark.parametrize("name", [name for name in KNOWN if name != "fixed"])
+@pytest.mark.parametrize("name", [name for name in KNOWN if name not in LEARNED])
 def test_every_contestant_is_made_by_its_name(name):
     if name in OPTIMIZERS:
         pytest.importorskip({"schedule-free": "schedulefree", "prodigy": "prodigyopt"}[name])

@@ -15,6 +15,7 @@ from baselines.schedules import (
     KeepAgain,
     TrainerDefault,
     best_fixed,
+    best_list,
     find_fixed,
     grid,
 )
@@ -93,6 +94,25 @@ def test_the_grid_has_different_names_and_settings():
     settings = grid()
     assert len({s.name for s in settings}) == len({s.knobs for s in settings}) == 60
     assert all(s.relative for s in settings)
+
+
+def test_a_best_list_is_greedy_and_each_is_tried_once_while_the_budget_lasts():
+    """a is best on average; with it c helps more than b, which is good where a is."""
+    candidates = [
+        Fixed(Knobs(rate), True, name) for name, rate in zip("abcd", (1, 2, 3, 4), strict=True)
+    ]
+    scores = {"a": (9, 9, 0), "b": (8, 8, 1), "c": (0, 0, 9), "d": (0, 1, 2)}
+    outcomes = [
+        {"task": job, "seed": 0, "method": name, "trials": [{"selection": row[job]}]}
+        for name, row in scores.items() for job in range(3)
+    ]  # fmt: skip
+    found = best_list(candidates, outcomes, 3)
+    assert [setting.name for setting in found.settings] == ["a", "c", "b"]
+    assert len(best_list(candidates, outcomes).settings) == 4
+    for runs, made in ((9, 3), (2, 2)):
+        arena = ended(found, Arena(TASK, 0, 1e-5, runs, FakeJob))
+        rates = [trial.knobs.rate for trial in arena.trials]
+        assert rates == pytest.approx([OPTIMUM * rate for rate in (1, 3, 2)][:made])
 
 
 def test_find_fixed_finds_the_known_optimum():

@@ -78,6 +78,17 @@ def test_the_space_reaches_every_knob():
     assert all(k.weight_decay == 0 or NO_DECAY <= k.weight_decay <= 0.1 for k in settings)
 
 
+def test_a_search_may_keep_to_the_reach_of_a_tuner_that_switches_no_optimizer():
+    search = Search("tpe", optimizers=("adamw",))
+    assert search.name == "tpe+adamw"
+    settings = [trial.knobs for trial in trials(search, runs=40)]
+    assert {k.optimizer for k in settings} == {"adamw"}
+    assert {k.shape for k in settings} == {"constant", "linear", "cosine"}
+    for bad in ((), ("lion",)):
+        with pytest.raises(BadInput, match="search: optimizers"):
+            Search(optimizers=bad)
+
+
 def test_a_center_of_ones_own_and_a_rate_that_would_leave_the_range():
     drawn = [t.knobs for t in trials(Search(center=1.0, decades=0.5), runs=30)]
     assert all(k.rate <= RATE_CEILING for k in drawn)

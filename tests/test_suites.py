@@ -9,12 +9,12 @@ from test_policy import example
 
 from baselines.compare import plan, start_rate
 from baselines.ledger import Ledger
-from baselines.schedules import STATIC, reference
+from baselines.schedules import STATIC, grid, reference
 from envs.errors import BadInput, RunFailed
 from envs.task import TASKS, Task
 from tuner import benchmark
 from tuner.benchmark import finished, run_benchmark
-from tuner.evaluate import KNOWN, groups, size
+from tuner.evaluate import KNOWN, LEARNED, groups, size
 from tuner.settings import CompareConfig
 from tuner.suites import HELD_OUT, SUITES, Suite
 
@@ -34,7 +34,8 @@ def test_suites_are_valid_comparisons_of_held_out_tasks(name, scale):
     assert set(config.methods) <= set(KNOWN)
     assert "keep" in config.methods, "harm is told against it"
     assert config.seeds == config.search_seeds or set(config.methods) <= {"keep", "keep-again"}
-    assert groups(config, [example("ppo")])
+    learned = dict.fromkeys(LEARNED, grid()[0])
+    assert groups(config, [example("ppo")], learned)
     assert (suite.name, suite.purpose[-1]) == (name, ".")
 
 
@@ -99,10 +100,10 @@ def test_a_benchmark_is_run_once_and_then_known(small, tmp_path):
 def test_one_broken_suite_keeps_no_other_from_running(small, tmp_path, monkeypatch):
     whole = benchmark.run_comparison
 
-    def breaks(config, policies, out, tick, fixed):
+    def breaks(config, policies, out, tick, learned):
         if out.name == "one":
             raise RunFailed("a cell failed")
-        return whole(config, policies, out, tick, fixed)
+        return whole(config, policies, out, tick, learned)
 
     monkeypatch.setattr(benchmark, "run_comparison", breaks)
     with pytest.raises(RunFailed, match="a cell failed"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from envs.dials import Turn
 from envs.knobs import Actions, plain
 from envs.surrogate import SurrogateVectorEnv
 from tuner.audit import Pilot
@@ -114,6 +115,22 @@ def pool(policy: Policy) -> Observation:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """Runs are opened as the policy opens them, and then left alone: what that alone is worth."""
+
+    actions: Actions
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from another."""
+        return {"policy": "opened", "actions": plain(self.actions)}
+
+    def pilot(self, seed: int, number: int = 0) -> Pilot:
+        """For one run; it draws nothing."""
+        keep: Action = self.actions.keep if self.actions.view == "discrete" else _decades(0.0)
+        return Stand(Manifest(self.actions), lambda observation: keep)
+
+
+@dataclass(frozen=True)
 class Rule:
     """What a person might write in place of a policy.
 
@@ -124,6 +141,7 @@ class Rule:
 
     near: float = 0.05  # decades from the reference rate that count as there
     tolerance: float = 0.0
+    opens: tuple[Turn, ...] = ()  # what it opens runs with
 
     def describe(self) -> dict[str, Any]:
         """What tells it from another."""
@@ -146,7 +164,8 @@ class Rule:
                 return _decades(_HALF)
             return _decades(0.0)
 
-        return Stand(Manifest(Actions("continuous", rollback=False)), choose)
+        actions = Actions("continuous", rollback=False, opens=self.opens)
+        return Stand(Manifest(actions), choose)
 
 
 def _decades(move: float) -> NDArray[np.float32]:
@@ -154,4 +173,4 @@ def _decades(move: float) -> NDArray[np.float32]:
     return np.array([min(max(move, -1.0), 1.0)], np.float32)
 
 
-Ablation = RandomActions | Shuffled | Rule
+Ablation = RandomActions | Shuffled | Opened | Rule

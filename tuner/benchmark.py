@@ -1,15 +1,18 @@
 """The benchmark: the suites' comparisons, one after another in folders of their own."""
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from baselines.compare import outcomes
 from baselines.ledger import Ledger
+from baselines.method import Method
 from envs.errors import RunFailed
 from envs.files import make_folder
-from tuner.evaluate import SHOWN, Tick, find_fixed, names_of, run_comparison, size
+from envs.knobs import Knobs
+from tuner.evaluate import LEARNED, SHOWN, Tick, learn, names_of, run_comparison, size
 from tuner.policy import Policy
 from tuner.settings import CompareConfig
 from tuner.suites import PLAN, Scale, Suite
@@ -26,7 +29,7 @@ def run_benchmark(
     scale: Scale = "full",
     workers: int = 2,
 ) -> None:
-    """Run what the suites' ledgers lack; the best fixed setting is found once for all of them.
+    """Run what the suites' ledgers lack; what is `LEARNED` is found once for all of them.
 
     A suite in which cells fail does not keep the others from running; `RunFailed` at the end
     tells of the first.
@@ -35,8 +38,8 @@ def run_benchmark(
     configs = [suite.config(scale).model_copy(update=changes) for suite in suites]
     sizes = [size(config, policies) for config in configs]
     make_folder(out)
-    asking = [config for config in configs if "fixed" in config.methods]
-    fixed = find_fixed(asking[0], out, tick) if asking else None
+    asking = tuple(name for name in LEARNED if any(name in config.methods for config in configs))
+    learned = learn(configs[0].model_copy(update={"methods": asking}), out, tick)
     broken: list[RunFailed] = []
     for number, (suite, config) in enumerate(zip(suites, configs, strict=True)):
         before, total = sum(sizes[:number]), sum(sizes)
@@ -46,11 +49,11 @@ def run_benchmark(
             tick(before + done, total, f"{name}: {words}")
 
         try:
-            run_comparison(config, policies, out / suite.name, on_cell, fixed)
+            run_comparison(config, policies, out / suite.name, on_cell, learned)
         except RunFailed as error:
             broken.append(error)
             continue
-        about = describe(suite, config, policies, scale)
+        about = describe(suite, config, policies, scale) | {"learned": _told(learned)}
         Ledger(out / suite.name / "ledger.sqlite").set_meta(_FINISHED, about)
     if broken:
         raise broken[0]
@@ -68,6 +71,21 @@ def describe(
         "config": config.model_dump(mode="json"),
         "policies": [_origin(*pair) for pair in zip(names_of(policies), policies, strict=True)],
     }
+
+
+def _told(learned: Mapping[str, Method]) -> dict[str, list[str]]:
+    """What was found on the training tasks, in words."""
+    told = {}
+    for name, method in learned.items():
+        settings: tuple[Any, ...] = getattr(method, "settings", (method,))
+        told[name] = [_words(setting.knobs) for setting in settings]
+    return told
+
+
+def _words(knobs: Knobs) -> str:
+    """A fixed setting; its rate in decades from the rule of thumb."""
+    return (f"{math.log10(knobs.rate):+g} decades, {knobs.shape}, warm-up {knobs.warmup:g}, "
+            f"head x{knobs.head_rate or 1:g}")  # fmt: skip
 
 
 def _origin(name: str, policy: Policy) -> dict[str, Any]:

