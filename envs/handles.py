@@ -1,6 +1,7 @@
 """Handles: the knobs of a Trainer beyond its rate, found on its parts, set, and put back."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,9 +15,14 @@ from envs.parts import Parts
 from envs.shards import sharded
 from envs.switchable import SwitchableOptimizer
 
-KINDS: dict[str, Optimizer] = {"sgd": "sgd", "rmsprop": "rmsprop"}  # by a part of the name
-ALIKE = ("adam", "ademamix", "adafactor")  # in a name: takes the rates that AdamW takes
-APART = ("prodigy", "dadapt", "asgd")  # in a name: makes something else of its rate
+SGD = re.compile(r"(fused)?sgd(\d+bit)?")
+RMSPROP = re.compile(r"rmsprop(\d+bit)?")
+ADAM = re.compile(  # what takes the rates that AdamW takes
+    r"(apollo|anyprecision|cpu|fused|grok|npu|paged|stable)*[nr]?adam(w|ax)?(\d+bit|fp8|schedulefree)*"
+    r"|(paged)?ademamix(\d+bit)?|adabelief|adopt|soap|lorafaoptimizer|adafactor"
+)
+APART = ("prodigy", "dadapt", "muon")  # in a name: makes something else of its rate
+MOMENTA = (0.8, 0.95)  # of SGD: what a rate comes to is that over one less the momentum
 
 
 class Handles:
@@ -183,30 +189,37 @@ class Handles:
 
 
 def kind_of(optimizer: Any) -> Optimizer:
-    """What an optimizer counts as, wrapped by accelerate or not; an unknown one as AdamW."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if isinstance(inner, SwitchableOptimizer):
-        return inner.kind
-    named = (kind for name in _names(inner) for known, kind in KINDS.items() if known in name)
-    return next(named, "adamw")
+    """What an optimizer counts as, wrapped or not; an unknown one as AdamW."""
+    return _known(optimizer) or "adamw"
 
 
 def refuse_unknown(optimizer: Any) -> None:
     """Optimizers whose rates are of a scale that no tuner knows, as Lion's or Prodigy's."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    names = _names(inner)
-    like = any(part in name for name in names for part in (*KINDS, *ALIKE))
-    apart = any(part in name for name in names for part in APART)
-    if apart or not (like or isinstance(inner, SwitchableOptimizer)):
+    if _known(optimizer) is None:
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's is no name to give
         raise BadInput(
             f"trainer: optimizer: {type(inner).__name__}: which rates suit it is not known to the "
-            "tuner; train with AdamW, SGD or RMSprop, or without the tuner"
+            "tuner; train with AdamW, RMSprop or SGD with a momentum of 0.9, or without the tuner"
         )
 
 
-def _names(thing: Any) -> list[str]:
-    """The names of a thing's class and of its bases."""
-    return [cls.__name__.lower() for cls in type(thing).__mro__]
+def _known(optimizer: Any) -> Optimizer | None:
+    """The kind of an optimizer whose rates have a known scale, also within others."""
+    if isinstance(optimizer, SwitchableOptimizer):
+        return optimizer.kind
+    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    group: dict[str, Any] = next(iter(optimizer.param_groups), {})
+    if any(far in name for name in names for far in APART):
+        return None
+    if any(map(SGD.fullmatch, names)):
+        return "sgd" if MOMENTA[0] <= group.get("momentum", 0.0) <= MOMENTA[1] else None
+    if any(map(RMSPROP.fullmatch, names)):
+        return "rmsprop"
+    if any(map(ADAM.fullmatch, names)):
+        scaled = "adafactor" in names and group.get("scale_parameter", True)
+        return None if scaled else "adamw"
+    inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim"))
+    return next((_known(each) for each in inner if hasattr(each, "param_groups")), None)
 
 
 def beta_of(trainer: Any) -> float | None:

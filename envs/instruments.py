@@ -386,9 +386,15 @@ def describe(model: nn.Module, loader: Any, classes: int | None, seen: int) -> d
 
 
 def _size(model: nn.Module) -> int:
-    """Weights of a model; of an encoder-decoder, of its larger half: width is what counts."""
-    inner = unwrapped(model)
+    """Weights of a model; of an encoder-decoder without one half: width is what counts."""
+    whole, inner = _count(model), unwrapped(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        halves = (inner.get_encoder(), inner.get_decoder())
-        return max(sum(p.numel() for p in half.parameters()) for half in halves)
-    return sum(p.numel() for p in model.parameters())
+        finders = (getattr(inner, name, None) for name in ("get_encoder", "get_decoder"))
+        halves = [_count(find()) for find in finders if find is not None]
+        if len(halves) == 2:
+            return max(*halves, whole - min(halves))  # a backbone is in neither
+    return whole
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0

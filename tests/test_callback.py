@@ -37,6 +37,7 @@ from envs.job import batches, spread
 from envs.knobs import Actions
 from envs.observe import FEATURES, SIZE
 from envs.progress import Progress
+from envs.switchable import SwitchableOptimizer
 from envs.task import Task
 from tuner import policy as artifacts
 from tuner.audit import replay
@@ -710,28 +711,51 @@ def test_engines_that_keep_the_weights_to_themselves_are_refused(task, tmp_path,
         train(task, tmp_path, TunerCallback(Stub()), before=prepare)
 
 
+WEIGHT = torch.nn.Parameter(torch.zeros(2, 2))
+
+
+def named(name, **fields):
+    """An optimizer that is known by its name alone."""
+    return type(name, (torch.optim.Optimizer,), {})([WEIGHT], {"lr": 1.0, **fields})
+
+
+def around(optimizer, name="optimizer"):
+    return SimpleNamespace(**{name: optimizer}, param_groups=optimizer.param_groups)
+
+
 @pytest.mark.parametrize(
-    ("name", "base", "kind"),
+    ("optimizer", "kind"),
     [
-        ("AdamW8bit", torch.optim.Optimizer, "adamw"),
-        ("Adafactor", torch.optim.Optimizer, "adamw"),
-        ("Ours", torch.optim.AdamW, "adamw"),
-        ("SGDScheduleFree", torch.optim.Optimizer, "sgd"),
-        ("Ours", torch.optim.RMSprop, "rmsprop"),
-        ("Lion", torch.optim.Optimizer, None),
-        ("Muon", torch.optim.Optimizer, None),
-        ("Prodigy", torch.optim.AdamW, None),
-        ("DAdaptAdam", torch.optim.Optimizer, None),
-        ("ASGD", torch.optim.ASGD, None),
+        (torch.optim.AdamW([WEIGHT]), "adamw"),
+        (type("Ours", (torch.optim.AdamW,), {})([WEIGHT]), "adamw"),
+        (torch.optim.NAdam([WEIGHT]), "adamw"),
+        (named("PagedAdamW8bit"), "adamw"),
+        (named("AdEMAMix8bit"), "adamw"),
+        (named("AdamWScheduleFree"), "adamw"),
+        (named("Adafactor", scale_parameter=False, relative_step=False), "adamw"),
+        (named("Adafactor", scale_parameter=True), None),
+        (torch.optim.Adafactor([WEIGHT]), None),
+        (torch.optim.RMSprop([WEIGHT]), "rmsprop"),
+        (named("RMSprop8bit"), "rmsprop"),
+        (torch.optim.SGD([WEIGHT], 0.1, momentum=0.9), "sgd"),
+        (torch.optim.SGD([WEIGHT], 0.1), None),
+        (SwitchableOptimizer([WEIGHT], "sgd", lr=0.1), "sgd"),
+        (around(around(torch.optim.AdamW([WEIGHT]), "optim")), "adamw"),
+        (named("Lion"), None),
+        (named("Prodigy"), None),
+        (named("DAdaptAdam"), None),
+        (named("MuonWithAuxAdam"), None),
+        (named("SignSGD"), None),
+        (named("SGDScheduleFree"), None),
+        (torch.optim.Muon([WEIGHT]), None),
+        (torch.optim.ASGD([WEIGHT]), None),
     ],
-)  # fmt: skip
-def test_optimizers_whose_rates_are_of_another_scale_are_refused(name, base, kind):
-    optimizer = type(name, (base,), {})([torch.nn.Parameter(torch.zeros(2))], {"lr": 1.0}
-                                        if base is torch.optim.Optimizer else 1.0)  # fmt: skip
-    wrapped = SimpleNamespace(optimizer=optimizer)  # as accelerate does
-    for each in (optimizer, wrapped):
+)
+def test_optimizers_whose_rates_are_of_another_scale_are_refused(optimizer, kind):
+    for each in (optimizer, around(optimizer)):  # the latter as accelerate has it
         if kind is None:
-            with pytest.raises(BadInput, match=f"optimizer: {name}: .*; train with AdamW, SGD or"):
+            name = type(optimizer).__name__
+            with pytest.raises(BadInput, match=f"optimizer: {name}: .*; train with AdamW, RMSprop"):
                 refuse_unknown(each)
         else:
             refuse_unknown(each)

@@ -143,6 +143,8 @@ class TrainConfig(BaseModel):
 
     def check(self) -> None:
         """Raise `BadInput` for what only becomes wrong together."""
+        if not self.starts:
+            raise BadInput("train: starts: none given; name at least one optimizer")
         if not self.budget and not self.iterations and self.agent != "imitation":
             raise BadInput("train: budget, iterations: both empty; give how long to train")
         if self.workers and self.envs % self.workers:
