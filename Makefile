@@ -30,7 +30,7 @@ demo: install
 	@echo "                  then open http://127.0.0.1:5000/#/experiments/1/runs"
 
 # The shipped tuner from scratch, under two hours on two cores; repeated, it goes on. Five agents
-# with seeds of their own learn, and the best of them on the tasks for choosing is kept.
+# with seeds of their own learn, and the best of them is kept, by jobs that are not held out.
 tuner: install
 	$(BIN)/python benchmarks/choose.py --config examples/default/train.yaml --out runs/default
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from baselines import figures, stats
 from baselines.figures import Outcome, Picture, percent, spread, styles, trials
+from baselines.schedules import BestList
 from envs.catalog import CORPORA
 from envs.files import write_atomic
 
@@ -312,11 +313,13 @@ def cost_of(summary: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -
     """Training cost of the agent, and after how many jobs it has paid for itself.
 
     Break-even: training / ((trials to match - 1) x seconds of a run), with the searcher that
-    needs the fewest trials, ``search``; None where steering saves nothing.
+    needs the fewest trials, ``search``; None where steering saves nothing. A list of settings is
+    no searcher: it was learned, too.
     """
     seconds = float(sum(line.get("seconds") or 0 for line in training)) if training else None
     finite = [(m["median"]["point"], m["median"]["n_max"], name)
-              for name, m in summary["match"].items() if m["median"]["n_max"]]  # fmt: skip
+              for name, m in summary["match"].items()
+              if m["median"]["n_max"] and name != BestList.name]  # fmt: skip
     if not seconds or not finite:
         return {"training_seconds": seconds, "run_seconds": None, "jobs": None, "search": None}
     worth, most, name = min(finite)

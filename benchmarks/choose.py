@@ -1,16 +1,19 @@
-"""The shipped tuner: several agents learn, and the best of them on the tasks for choosing is kept.
+"""The shipped tuner: several agents learn, and the best of them by `experiments.judge` is kept.
 
     python benchmarks/choose.py --config examples/default/train.yaml [--out DIR] [--agents 5]
 
-Agents differ in their seed alone; two train at a time. What is left is ``policy.safetensors`` in
-the folder, and in results/tuner.json every agent's scores beside those of fixed rates. Held-out
-tasks have no part in the choice. Repeated, the command goes on where it stopped.
+Agents differ in their seed alone; two train at a time. They are judged by the mean test accuracy on
+jobs of the corpus for choosing and of the training tasks. What is left is ``policy.safetensors`` in
+the folder, and in results/tuner.json every agent's scores beside those of fixed rates, and what all
+of it took, in seconds of one core. Held-out tasks have no part in the choice. Repeated, the command
+goes on where it stopped.
 """
 
 import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +21,8 @@ import torch
 from experiments import JOB_SEEDS, figures, judge, rivals
 from record import record
 
+from baselines.compare import outcomes
+from baselines.ledger import Ledger
 from tuner import policy
 from tuner.evaluate import PolicyMethod
 
@@ -28,6 +33,13 @@ def learn(config: Path, seed: int, out: Path) -> Path:
              "--out", out]  # fmt: skip
     subprocess.run(words, check=True)
     return out / "policy.safetensors"
+
+
+def spent(agents: Sequence[PolicyMethod], judged: Path) -> float:
+    """Seconds of one core: all agents' training, and the runs that judged them."""
+    training = sum(float(agent.policy.manifest.provenance["seconds"]) for agent in agents)
+    found = outcomes(Ledger(judged))
+    return training + sum(trial["seconds"] for each in found for trial in each["trials"])
 
 
 def main() -> None:
@@ -50,7 +62,10 @@ def main() -> None:
     best = max(seeds, key=means.__getitem__)
     shutil.copyfile(paths[best], options.out / "policy.safetensors")
     told = figures(scores, {"base": [agents[best].name]} | {name: [name] for name in scores})
-    chosen = {"chosen": best, "sha256": agents[best].policy.sha256, "scores": told}
+    chosen = {
+        "chosen": best, "sha256": agents[best].policy.sha256, "agents": len(agents),
+        "seconds": round(spent(agents, options.out / "ledger.sqlite")), "scores": told,
+    }  # fmt: skip
     record("tuner", chosen, seeds=list(JOB_SEEDS))
     for name, row in told.items():
         print(f"{name:16} {row}")

@@ -2,8 +2,9 @@
 
     python benchmarks/evidence.py --run runs/benchmark
 
-The outcomes become results/evidence.json, and the page is made of that file alone; without
-``--run`` it is made anew. What the outcomes lack is called "not measured".
+The outcomes become results/evidence.json, and the page and the README's table are made of that
+file alone; without ``--run`` they are made anew. A suite that the outcomes lack stays as it was
+there, or is called "not measured".
 """
 
 import argparse
@@ -51,9 +52,18 @@ measured.
 - **Harm**: worse than `keep` by more than 1 % of it or 2 standard deviations over seeds, whichever
   is less; with two or three seeds the deviation says little. Runs of one schedule that differ in
   their seed alone pass that bar often: that share is given beside it, where it was measured, and so
-  is the share that is worse by both. Shares have exact binomial intervals;
-  all other intervals are 95 % bootstrap intervals that draw seeds again within jobs, and with few
-  seeds are narrower than that.
+  is the share that is worse by both. Shares have exact binomial intervals; all others are 95 %
+  bootstrap intervals that draw seeds again within jobs, and for trials to match steered seeds and
+  trials, not studies: with few seeds they are too narrow. One agent stands for its kind in all
+  suites but `agents`.
+- **Arms of the benchmark.** `fixed` and `list` were learned, too: of 60 settings on the six
+  training tasks, three seeds, the one with the best mean rank, and those that help those before
+  them most. `tpe+adamw` searches in the tuner's own reach; other searches have SGD and RMSprop as
+  well. `opened` is what a policy opens runs with (a new head's rate), the user's rate kept;
+  `shuffled` is the policy that sees another run. With four trials, Optuna's samplers but CMA-ES
+  still draw at random, and alike.
+- **Break-even** charges all agents that were trained, their lessons and compilation, and the runs
+  that chose one of them.
 - **Mean ranks** are over cells; bars join methods that Wilcoxon's signed-rank test, adjusted after
   Holm, does not tell apart. Cells of one job count as independent, which they are only in part.
 """
@@ -90,6 +100,8 @@ WHY = """## Why bars are missed, as far as it is known
 A language model and DPO are not harmed in mode careful because near the rule of thumb it leaves
 alone what the policy was not trained on (`docs/adr/0008-careful-abroad.md`).
 """
+README = DOCS.parent / "README.md"
+MARKS = ("<!-- benchmarks/evidence.py writes from here -->", "<!-- to here -->")
 WAYS = {
     "match": "Trials to match, of all trials of a searcher",
     "match_in_order": "The same in the order in which the trials came",
@@ -98,13 +110,33 @@ METHODS = ("method", "runs", "test accuracy", "normalised", "steered is better",
            "trials to match", "diverged", "rows", "seconds")  # fmt: skip
 
 
+def summed_up(readme: str, suites: Mapping[str, Suite]) -> str:
+    """The README with the verdict between its marks."""
+    head, rest = readme.split(MARKS[0])
+    told = [row[:3] for row in rows(suites)]
+    return f"{head}{MARKS[0]}\n{table(('claim', 'our bar', 'seen'), told)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
 def gather(run: Path) -> dict[str, Suite]:
     """The figures of every finished suite of a benchmark's folder."""
     found = {}
     for name, suite in finished(run, SUITES).items():
         outcomes = suite.pop("outcomes")
-        found[name] = suite | {"figures": measure(outcomes, suite["policies"])}
+        policies = [charged(each) for each in suite["policies"]]
+        figures = {"figures": measure(outcomes, policies), "policies": policies}
+        found[name] = suite | figures
     return found
+
+
+def charged(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy with what its training took: the shipped one's is that of all agents, and the choice.
+
+    In seconds of one core, from results/tuner.json.
+    """
+    known = json.loads((RESULTS / "tuner.json").read_text())
+    if given["sha256"] != known["sha256"]:
+        return dict(given)
+    return {**given, "training": {**given["training"], "seconds": known["seconds"]}}
 
 
 def page(suites: Mapping[str, Suite], docs: Path) -> str:
@@ -156,7 +188,9 @@ def taking_part(suite: Suite) -> str:
         f"{len(figures['seeds'])} seeds from {min(figures['seeds'])}; mode {config['mode']}; "
         f"a budget of {config['runs']:g} runs. Steered by {who}"
         f"{', the policy shipped before' if former(suite) else ''}."
-    )
+        + "".join(f" Learned, {name}: {'; '.join(settings)}."
+                  for name, settings in suite.get("learned", {}).items())
+    )  # fmt: skip
 
 
 def methods(suite: Suite) -> str:
@@ -233,7 +267,7 @@ def ablations(suite: Suite) -> str:
     name, figures = name_of(suite), suite["figures"]
     if name is None:
         return ""
-    others = (f"{name} shuffled", "random-actions", "rule")
+    others = (f"{name} shuffled", "random-actions", "opened", "rule")
     chances = figures["judged"][name]["chance"]
     told = [(other, spread(chances[other])) for other in others if chances.get(other)]
     return f"Ablations:\n\n{table(('in its place', f'{name} is better'), told)}" if told else ""
@@ -301,12 +335,18 @@ def main() -> None:
     if arguments.run:
         if not arguments.run.is_dir():
             parser.error(f"{arguments.run}: no such folder; give the --out of the benchmark")
-        suites = gather(arguments.run)
+        path = RESULTS / "evidence.json"
+        before = json.loads(path.read_text())["suites"] if path.exists() else {}
+        fresh = gather(arguments.run)
+        suites = {name: fresh.get(name, before.get(name)) for name in SUITES}
+        suites = {name: suite for name, suite in suites.items() if suite is not None}
         seeds = {name: suite["figures"]["seeds"] for name, suite in suites.items()}
         record("evidence", report.finite({"plan": PLAN, "suites": suites}), seeds=seeds)
     path = RESULTS / "evidence.json"
+    readme = README.read_text()
     known = json.loads(path.read_text())["suites"] if path.exists() else {}
     (DOCS / "evidence.md").write_text(page(revive(known), DOCS))
+    README.write_text(summed_up(readme, revive(known)))
     print(DOCS / "evidence.md")
 
 

@@ -87,6 +87,12 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 ),
             ),
             Suite(
+                "agents",
+                "The same jobs, for agents that differ in their seed alone: what a claim about "
+                "one of them is worth.",
+                _compare(tasks=_TINY, methods=("keep", "fixed"), seeds=5, search_seeds=5, runs=2),
+            ),
+            Suite(
                 "searchers",
                 "The same jobs: every further sampler of Optuna, with Hyperband and without, and "
                 "Ray Tune's ASHA and population-based training.",

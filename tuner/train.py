@@ -63,7 +63,7 @@ def train(
         if saved is not None:
             _write_rows(out, rows)  # it may have been killed between the checkpoint and these
         learned = None if saved is None else saved["agent"]
-        agent, stage = None, None
+        agent, stage, lesson = None, None, 0.0
         while agent is None or done(config, rows) < 1:
             share, began = done(config, rows), time.perf_counter()
             if agent is None or stage != config.stage(share):
@@ -77,10 +77,13 @@ def train(
                     decisions = config.task_list()[0].decisions
                     shown = lessons(config.actions(), decisions, config.seed, config.starts)
                     cast(Any, agent).imitate(*shown, config.seed)
+                    lesson = time.perf_counter() - began
                 continue  # a finished training that is repeated learns no more
             recorder.forget()
             figures = agent.learn(recorder, iteration_seed(config.seed, len(rows)), share)
             rows.append(_row(len(rows), stage, recorder, figures, time.perf_counter() - began))
+            if lesson:  # no part of the budget, but of the cost
+                rows[-1]["lesson"], lesson = lesson, 0.0
             _save_checkpoint(out, config, plan, agent, real, normaliser, rows)
             if on_iteration is not None:
                 on_iteration(done(config, rows), rows[-1])
@@ -163,7 +166,7 @@ def make_policy(
         "data": {task.name: data_of(task).fingerprint for task in tasks},
         "episodes": sum(row["episodes"] for row in rows),
         "decisions": sum(row["decisions"] for row in rows),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "seconds": round(sum(row["seconds"] + row.get("lesson", 0.0) for row in rows), 1),
         "final_return": float(np.mean([row["return_mean"] for row in last])) if last else None,
         "versions": {name: version(name) for name in ("torch", "transformers", "gymnasium")},
         "threads": torch.get_num_threads(),
