@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from baselines import figures, stats
+from baselines import figures, plates, stats
 from baselines.figures import Outcome, Picture, percent, spread, styles, trials
+from baselines.plates import Plate
 from baselines.schedules import BestList
 from envs.catalog import CORPORA
 from envs.files import write_atomic
@@ -304,8 +305,9 @@ def harm_of(table: Table, ours: str | None) -> dict[str, Any] | None:
     if not got:
         return None
     regret = np.nan_to_num(np.concatenate(base)) - np.nan_to_num(np.concatenate(got))
-    return {"rate": stats.harm_rate(got, base), "clear": stats.harm_rate(got, base, both=True),
-            "runs": sum(map(len, got)),
+    rate, runs = stats.harm_rate(got, base), sum(map(len, got))
+    return {"rate": rate, "clear": stats.harm_rate(got, base, both=True), "runs": runs,
+            "interval": asdict(stats.share(round(rate * runs), runs)),
             "worst": float(regret.max())}  # fmt: skip
 
 
@@ -350,8 +352,9 @@ def render(
     summary: Mapping[str, Any],
     pictures: Mapping[str, Picture],
     facts: Mapping[str, Mapping[str, Any]] | None = None,
+    across: Sequence[Plate] = (),
 ) -> str:
-    """The page. ``facts``: heading -> name -> value, shown as they are told."""
+    """The page. ``facts``: heading -> name -> value, as they are told; across: of all methods."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("baselines", ""), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -360,6 +363,7 @@ def render(
                             "whole": lambda x: f"{100 * x:.0f}"}  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         summary=summary, pictures=pictures, facts=facts or {},
+        across=[(plate.title, plate.svg[plate.svg.index(b"<svg"):].decode()) for plate in across],
         steered=[name for name in pictures if name.startswith("steered-")],
         colours={name: colour for name, (colour, _) in styles(summary).items()},
     )  # fmt: skip
@@ -372,15 +376,22 @@ def write(
     steered: Sequence[Mapping[str, Any]] = (),
     training: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Mapping[str, Any]] | None = None,
+    beyond: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write ``report.html``, ``summary.json`` and ``figures/*.png`` in a folder -> the summary."""
+    """Write ``report.html``, ``summary.json`` and ``figures/*.png`` in a folder -> the summary.
+
+    beyond: further figures of the same outcomes, ``normalised`` and ``ranks`` as of
+    `baselines.evidence`.
+    """
     runs = list(outcomes)
-    summary = summarise(runs, training)
+    summary = summarise(runs, training) | dict(beyond or {})
+    drawn = plates.draw({"normalised": None, "ranks": None, **summary})
+    across = [drawn[name] for name in ("profiles", "ranks") if name in drawn]
     pictures = figures.draw_all(summary, figures.traces(runs, summary, steered, score_of), training)
     for name, picture in pictures.items():
         file = re.sub(r"[^\w.-]+", "-", name)
         write_atomic(folder / "figures" / f"{file}.png", picture.png)
-    page = render(summary, pictures, provenance(runs) | dict(facts or {}))
+    page = render(summary, pictures, provenance(runs) | dict(facts or {}), across)
     write_atomic(folder / "report.html", page.encode())
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
     write_atomic(folder / "summary.json", text.encode())

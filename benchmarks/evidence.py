@@ -100,7 +100,8 @@ WHY = """## Why bars are missed, as far as it is known
 A language model and DPO are not harmed in mode careful because near the rule of thumb it leaves
 alone what the policy was not trained on (`docs/adr/0008-careful-abroad.md`).
 """
-README = DOCS.parent / "README.md"
+ROOT = Path(__file__).parent
+README = ROOT.parent / "README.md"
 MARKS = ("<!-- benchmarks/evidence.py writes from here -->", "<!-- to here -->")
 WAYS = {
     "match": "Trials to match, of all trials of a searcher",
@@ -114,7 +115,8 @@ def summed_up(readme: str, suites: Mapping[str, Suite]) -> str:
     """The README with the verdict between its marks."""
     head, rest = readme.split(MARKS[0])
     told = [row[:3] for row in rows(suites)]
-    return f"{head}{MARKS[0]}\n{table(('claim', 'our bar', 'seen'), told)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    table_now = table(("claim", "our bar", "seen"), told)
+    return f"{head}{MARKS[0]}\n{table_now}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
 def gather(run: Path) -> dict[str, Suite]:
@@ -129,11 +131,11 @@ def gather(run: Path) -> dict[str, Suite]:
 
 
 def charged(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A policy with what its training took: the shipped one's is that of all agents, and the choice.
+    """A policy with what its training took; of the shipped one, all agents and the choice too.
 
     In seconds of one core, from results/tuner.json.
     """
-    known = json.loads((RESULTS / "tuner.json").read_text())
+    known = json.loads((ROOT / "results" / "tuner.json").read_text())
     if given["sha256"] != known["sha256"]:
         return dict(given)
     return {**given, "training": {**given["training"], "seconds": known["seconds"]}}
@@ -332,21 +334,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="folder of `steersman benchmark`")
     arguments = parser.parse_args()
+    path = RESULTS / "evidence.json"
+    known = json.loads(path.read_text())["suites"] if path.exists() else {}
     if arguments.run:
         if not arguments.run.is_dir():
             parser.error(f"{arguments.run}: no such folder; give the --out of the benchmark")
-        path = RESULTS / "evidence.json"
-        before = json.loads(path.read_text())["suites"] if path.exists() else {}
         fresh = gather(arguments.run)
-        suites = {name: fresh.get(name, before.get(name)) for name in SUITES}
+        suites = {name: fresh.get(name, known.get(name)) for name in SUITES}
         suites = {name: suite for name, suite in suites.items() if suite is not None}
         seeds = {name: suite["figures"]["seeds"] for name, suite in suites.items()}
         record("evidence", report.finite({"plan": PLAN, "suites": suites}), seeds=seeds)
-    path = RESULTS / "evidence.json"
-    readme = README.read_text()
-    known = json.loads(path.read_text())["suites"] if path.exists() else {}
+        known = json.loads(path.read_text())["suites"]
     (DOCS / "evidence.md").write_text(page(revive(known), DOCS))
-    README.write_text(summed_up(readme, revive(known)))
+    README.write_text(summed_up(README.read_text(), revive(known)))
     print(DOCS / "evidence.md")
 
 

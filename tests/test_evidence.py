@@ -97,9 +97,9 @@ def test_more_than_were_tried_is_no_proof_of_a_higher_bar():
     assert verdict_of("trials of TPE", datasets=few) == (
         "> 6 (> 6 to > 6), at scale quick: too few trials to tell"
     )
-    assert verdict_of("the same on a held-out", model=few).endswith("too few trials to tell")
+    assert verdict_of("trials of TPE on a held-out", model=few).endswith("too few trials to tell")
     ten = suite(several(0.80, size=10))
-    assert verdict_of("the same on a held-out", model=ten) == "> 10 (> 10 to > 10)"
+    assert verdict_of("trials of TPE on a held-out", model=ten) == "> 10 (> 10 to > 10)"
     assert [verdicts.reaches(math.inf, n, 8) for n in (6, 8)] == [None, True]
 
 
@@ -283,6 +283,20 @@ def test_a_failed_run_is_written_and_not_hidden(tmp_path):
     assert found["figures"]["judged"]["steersman"]["harm"]["count"] == 2
 
 
+def test_the_shipped_tuner_is_charged_all_agents_and_the_choice():
+    known = json.loads((record.RESULTS / "tuner.json").read_text())
+    shipped = {**TUNER, "sha256": known["sha256"]}
+    assert book.charged(TUNER) == TUNER
+    assert book.charged(shipped)["training"] == {"episodes": 9, "seconds": known["seconds"]}
+    assert known["seconds"] > known["agents"] * 180
+
+
+def test_the_readme_tells_what_the_figures_say():
+    known = json.loads((record.RESULTS / "evidence.json").read_text())["suites"]
+    text = book.README.read_text()
+    assert book.summed_up(text, book.revive(known)) == text
+
+
 def test_outcomes_of_a_ledger_become_the_json_and_the_page(tmp_path, monkeypatch):
     (tmp_path / "careful").mkdir()
     ledger = Ledger(tmp_path / "careful" / "ledger.sqlite")
@@ -298,6 +312,8 @@ def test_outcomes_of_a_ledger_become_the_json_and_the_page(tmp_path, monkeypatch
     found = book.gather(tmp_path)
     assert found["careful"]["figures"]["judged"]["steersman"]["harm"]["of"] == 10
     monkeypatch.setattr(book, "DOCS", tmp_path)
+    monkeypatch.setattr(book, "README", tmp_path / "README.md")
+    book.README.write_text(f"Above.\n{book.MARKS[0]}\nold\n{book.MARKS[1]}\nBelow.\n")
     for module in (book, record):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--run", str(tmp_path)])
@@ -307,9 +323,18 @@ def test_outcomes_of_a_ledger_become_the_json_and_the_page(tmp_path, monkeypatch
     known = json.loads((tmp_path / "evidence.json").read_text(), parse_constant=pytest.fail)
     assert known["seeds"] == {"careful": [0, 1, 2, 3, 4]}
     assert {"hardware", "versions", "plan"} < set(known)
+    told = book.README.read_text()
+    assert told.startswith("Above.\n")
+    assert told.endswith("\nBelow.\n")
+    assert "| 0 % | 0.0 % (0.0 to 30.8), 0 of 10 |" in told
+    assert "old" not in told
+    (tmp_path / "empty").mkdir()  # what a run lacks stays as it was
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--run", str(tmp_path / "empty")])
+    book.main()
     monkeypatch.setattr(sys, "argv", ["evidence.py"])  # the page alone, from the JSON
     book.main()
     assert (tmp_path / "evidence.md").read_text() == text
+    assert book.README.read_text() == told
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--run", str(tmp_path / "absent")])
     with pytest.raises(SystemExit):
         book.main()

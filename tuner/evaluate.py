@@ -9,6 +9,7 @@ from typing import Any
 
 from baselines import report
 from baselines.compare import compare, outcomes
+from baselines.evidence import normalised, ranks
 from baselines.feedback import FEEDBACK
 from baselines.ledger import Ledger, key_of
 from baselines.method import Arena, Best, BudgetSpent, Method, Point, Trial, point
@@ -285,8 +286,12 @@ def write_report(folder: Path) -> dict[str, Any]:
     facts = json.loads(config.read_text()) if config.is_file() else {}
     ledger = Ledger(path)
     shown = ledger.meta(SHOWN)
-    found = outcomes(ledger, None if shown is None else json.loads(shown))
-    return report.write(folder, found, steered=steered, training=training, facts=facts)
+    found = list(outcomes(ledger, None if shown is None else json.loads(shown)))
+    table = report.table_of(found)
+    beyond = {"normalised": normalised(table), "ranks": ranks(table)}
+    return report.write(
+        folder, found, steered=steered, training=training, facts=facts, beyond=beyond
+    )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
