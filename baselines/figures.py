@@ -127,7 +127,7 @@ def draw_all(
     """Every figure by name; ``runs`` are `traces`, ``training`` the lines of ``train.jsonl``."""
     style, drawn = styles(summary), dict[str, Picture]()
     if style:
-        drawn["final"] = _picture("final", "Test accuracy when the whole budget is spent",
+        drawn["final"] = picture("final", "Test accuracy when the whole budget is spent",
             "; ".join(f"{r['name']} {spread(r['test'])}" for r in summary["methods"]),
             partial(_draw_final, summary=summary, style=style),
             height=0.9 + 0.3 * len(style))  # fmt: skip
@@ -138,7 +138,7 @@ def draw_all(
         ):  # fmt: skip
             ends = ", ".join(f"{m} {percent(c['point'][-1])} % after {c['runs'][-1]:.3g} runs"
                              for m, c in curves.items())  # fmt: skip
-            drawn[key] = _picture(
+            drawn[key] = picture(
                 key,
                 title,
                 f"Test accuracy against runs spent: {ends}",
@@ -147,18 +147,18 @@ def draw_all(
             )
     if summary["match"]:
         rows = 1 + len(summary["tasks"])
-        drawn["match"] = _picture("match", "Trials that one steered run is worth",
+        drawn["match"] = picture("match", "Trials that one steered run is worth",
             "; ".join(f"{name}: {trials(m['median'])} in the median task"
                       for name, m in summary["match"].items()),
             partial(draw_match, summary=summary, style=style), legend=True,
             height=0.9 + rows * (0.2 + 0.13 * len(summary["match"])))  # fmt: skip
     for run in runs:
         turns = [label for _, label, _ in run["decisions"] if label != "keep"]
-        drawn[f"steered-{run['name']}"] = _picture(f"steered-{run['name']}", run["name"],
+        drawn[f"steered-{run['name']}"] = picture(f"steered-{run['name']}", run["name"],
             f"{run['note']}. {len(run['decisions'])} decisions: {', '.join(turns) or 'all keep'}.",
             partial(_draw_trace, run=run, reference=summary["reference"]), height=4.4)  # fmt: skip
     if training:
-        drawn["training"] = _picture("training", "Return of an episode while the tuner learns",
+        drawn["training"] = picture("training", "Return of an episode while the tuner learns",
             f"Mean return {training[0].get('return_mean', math.nan):.3g} at first, "
             f"{training[-1].get('return_mean', math.nan):.3g} at the end.",
             partial(_draw_training, lines=training))  # fmt: skip
@@ -176,7 +176,7 @@ def look(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _picture(name: str, title: str, alt: str, draw: Any, *, height: float = 3.6,
+def picture(name: str, title: str, alt: str, draw: Any, *, height: float = 3.6,
              legend: bool = False) -> Picture:  # fmt: skip
     """Drawn once; the page's copy takes its text and line colours from the style sheet."""
     from matplotlib import rc_context

@@ -41,14 +41,14 @@ def draw(suite: Evidence) -> dict[str, Plate]:
     if suite["normalised"]:
         drawn["profiles"] = _plate(
             "Performance profiles",
-            partial(_draw_profiles, scores=suite["normalised"], style=style),
+            partial(draw_profiles, scores=suite["normalised"], style=style),
             3.4 + legend,
             legend=True,
         )
     if suite["ranks"]:
         drawn["ranks"] = _plate(
             "Mean ranks, and who does not differ",
-            partial(_draw_ranks, ranks=suite["ranks"], style=style),
+            partial(draw_ranks, ranks=suite["ranks"], style=style),
             0.9 + 0.26 * len(suite["ranks"]["methods"]),
         )
     return drawn
@@ -74,7 +74,8 @@ def _plate(
     return Plate(title, b"\n".join(lines) + b"\n")
 
 
-def _draw_profiles(figure: Any, scores: Evidence, style: Style) -> None:
+def draw_profiles(figure: Any, scores: Evidence, style: Style) -> None:
+    """Shares of runs above each normalised score (Agarwal et al. 2021)."""
     axes = figure.add_subplot()
     for name, profile in reversed(list(scores["profiles"].items())):
         colour, mark = style[name]
@@ -86,7 +87,7 @@ def _draw_profiles(figure: Any, scores: Evidence, style: Style) -> None:
              ylabel="runs above it, %", ylim=(0, 101))  # fmt: skip
 
 
-def _draw_ranks(figure: Any, ranks: Evidence, style: Style) -> None:
+def draw_ranks(figure: Any, ranks: Evidence, style: Style) -> None:
     """Best on top; a bar at the right joins methods that do not differ."""
     axes = figure.add_subplot()
     names = list(ranks["methods"])

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import numpy as np
 
 from baselines import figures, plates, stats
 from baselines.figures import Outcome, Picture, percent, spread, styles, trials
-from baselines.plates import Plate
 from baselines.schedules import BestList
 from envs.catalog import CORPORA
 from envs.files import write_atomic
@@ -352,9 +352,8 @@ def render(
     summary: Mapping[str, Any],
     pictures: Mapping[str, Picture],
     facts: Mapping[str, Mapping[str, Any]] | None = None,
-    across: Sequence[Plate] = (),
 ) -> str:
-    """The page. ``facts``: heading -> name -> value, as they are told; across: of all methods."""
+    """The page. ``facts``: heading -> name -> value, shown as they are told."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("baselines", ""), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -363,7 +362,6 @@ def render(
                             "whole": lambda x: f"{100 * x:.0f}"}  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         summary=summary, pictures=pictures, facts=facts or {},
-        across=[(plate.title, plate.svg[plate.svg.index(b"<svg"):].decode()) for plate in across],
         steered=[name for name in pictures if name.startswith("steered-")],
         colours={name: colour for name, (colour, _) in styles(summary).items()},
     )  # fmt: skip
@@ -385,17 +383,33 @@ def write(
     """
     runs = list(outcomes)
     summary = summarise(runs, training) | dict(beyond or {})
-    drawn = plates.draw({"normalised": None, "ranks": None, **summary})
-    across = [drawn[name] for name in ("profiles", "ranks") if name in drawn]
     pictures = figures.draw_all(summary, figures.traces(runs, summary, steered, score_of), training)
+    pictures |= across(summary)
     for name, picture in pictures.items():
         file = re.sub(r"[^\w.-]+", "-", name)
         write_atomic(folder / "figures" / f"{file}.png", picture.png)
-    page = render(summary, pictures, provenance(runs) | dict(facts or {}), across)
+    page = render(summary, pictures, provenance(runs) | dict(facts or {}))
     write_atomic(folder / "report.html", page.encode())
     text = json.dumps(finite(summary), indent=1, allow_nan=False) + "\n"
     write_atomic(folder / "summary.json", text.encode())
     return summary
+
+
+def across(summary: Mapping[str, Any]) -> dict[str, Picture]:
+    """Pictures of all methods against each other, where there are figures for them."""
+    style, drawn = styles(summary), dict[str, Picture]()
+    scores, order = summary.get("normalised"), summary.get("ranks")
+    if scores:
+        told = "; ".join(f"{name} {of['point']:.2f}" for name, of in scores["methods"].items())
+        drawn["profiles"] = figures.picture("profiles", "Performance profiles",
+            f"Mean normalised scores: {told}",
+            partial(plates.draw_profiles, scores=scores, style=style), legend=True)  # fmt: skip
+    if order:
+        told = "; ".join(f"{name} {rank:.1f}" for name, rank in order["methods"].items())
+        drawn["ranks"] = figures.picture("ranks", "Mean ranks, and who does not differ", told,
+            partial(plates.draw_ranks, ranks=order, style=style),
+            height=0.9 + 0.26 * len(order["methods"]))  # fmt: skip
+    return drawn
 
 
 def finite(value: Any) -> Any:
