@@ -7,6 +7,7 @@ from pathlib import Path
 
 from envs.dials import DIALS, REACH
 from envs.examples import FIELDS, KINDS
+from envs.handles import MOMENTA
 from envs.knobs import OPTIMIZERS, RATE_CEILING, RATE_FLOOR
 from envs.objectives import CARDS
 from envs.refusals import REFUSED
@@ -142,6 +143,10 @@ other objectives.
 ## Engines
 
 {engines()}
+
+The optimizer may be AdamW or one that takes its rates, RMSprop, or SGD with a momentum of
+{MOMENTA[0]:g} to {MOMENTA[1]:g}. Others (Lion, Prodigy, Muon) the callback refuses: it does not know
+which rates suit them.
 
 Gradient accumulation and bf16 change nothing in these rows. The tests run on the CPU; those of
 several processes (two, `tests/test_scale.py`) turn the rate and, in DDP, LoRA's scaling, and roll
