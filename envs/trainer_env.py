@@ -14,7 +14,7 @@ from envs.job import Score
 from envs.knobs import Actions, Knobs, Optimizer, Shape
 from envs.refusals import refuse_job
 from envs.task import SPLITS, Split, Task
-from envs.trainer_job import Setup, TrainerJob, in_force
+from envs.trainer_job import Setup, TrainerJob, in_force, optimizer_of
 
 Factory = Callable[[int], Any]
 
@@ -86,7 +86,7 @@ def _planned(factory: Factory) -> tuple[Any, int, float, Optimizer]:
         Knobs(trainer.args.learning_rate)  # refuses what no optimizer takes
     planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     steps = int(planned[-1])
-    kind = in_force(trainer, Knobs()).optimizer
+    kind = in_force(trainer, optimizer_of(trainer), Knobs()).optimizer
     trainer.create_optimizer_and_scheduler(steps)
     return trainer.args, steps, Rates(trainer.lr_scheduler).start, kind
 

@@ -448,6 +448,50 @@ def test_an_optimizer_of_the_users_own_is_left_as_it_is(factory, kind):
     assert torch.equal(weights(env._job), plain)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("again", [False, True])
+def test_an_optimizer_that_the_trainer_makes_itself_is_left_as_it_is(factory, kind, again):
+    """Also one that draws random numbers, or is made anew at each call, with a schedule."""
+
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            if self.optimizer is None or again:
+                torch.rand(3)
+                groups = [{"params": [*self.model.parameters()], "weight_decay": 5.0}]
+                rate = self.args.learning_rate
+                self.optimizer = (
+                    torch.optim.AdamW(groups, lr=rate) if kind == "adamw"
+                    else SwitchableOptimizer(groups, "sgd", lr=rate)
+                )  # fmt: skip
+            if self.lr_scheduler is None:
+                self.create_scheduler(self.args.max_steps, self.optimizer)
+            return self.optimizer
+
+    make = partial(factory, kind=Own)
+    env = trainer_env(make, decisions=3, spread=0.0)
+    _, info = env.reset(seed=0)
+    assert info["optimizer"] == env.context.optimizer == kind
+    for _ in range(3):
+        info = env.step(KEEP)[4]
+    assert info["optimizer"] == kind
+    trainer = make(env._job._setup.trainer.args.seed)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    assert torch.equal(weights(env._job), plain)
+
+
+def test_an_optimizer_that_the_trainer_makes_itself_can_be_switched(factory):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = SwitchableOptimizer(self.model.parameters(), lr=1e-2)
+            return self.optimizer
+
+    job = opened(factory, kind=Own)
+    job.apply(replace(job.knobs, optimizer="sgd"))
+    assert job.advance(4).finite
+    assert job._setup.trainer.optimizer.optimizer.kind == "sgd"
+
+
 def vowels(completions, **_):
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
