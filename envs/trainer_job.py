@@ -98,7 +98,7 @@ class TrainerJob:
         self._pace = _Pace(trainer, self._parts)
         trainer.add_callback(self._pace)
         self._loop = greenlet.greenlet(trainer.train)
-        self._lost = 0
+        self._lost, self._closed = 0, False
 
     @property
     def step(self) -> int:
@@ -122,6 +122,8 @@ class TrainerJob:
         divergence. Its loop has ended then: the losses of all further updates are NaN, also after
         a restore. Anything else it raises is raised here.
         """
+        if self._closed:
+            raise RunFailed("trainer: job: it was closed; open another one")
         pace = self._pace
         pace.until, pace.knobs = pace.step + steps, self._knobs
         if not self._lost:
@@ -228,7 +230,8 @@ class TrainerJob:
 
     def close(self) -> None:
         """Leave the Trainer's loop; nothing can be advanced any more."""
-        if self._loop:
+        self._closed = True
+        if not self._loop.dead:  # one that has not begun is false, and not dead
             self._loop.parent = greenlet.getcurrent()
             with self._world.lent():
                 self._loop.throw()
