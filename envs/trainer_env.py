@@ -45,8 +45,8 @@ def trainer_env(
         spread: half-width, in decades, of the starting rate around the Trainer's own.
 
     Raises:
-        BadInput: the Trainer has no evaluation data or a schedule that cannot be scaled, or is none
-            that a job can be made of (`envs.refusals`).
+        BadInput: the Trainer has no rows to learn from or to be judged by, no updates, a schedule
+            that cannot be scaled, or is none that a job can be made of (`envs.refusals`).
     """
     if not isinstance(decisions, int) or decisions < 1:
         raise BadInput(f"environment: decisions: {decisions!r} is not a count; give 1 or more")
