@@ -11,13 +11,12 @@ from envs.errors import BadInput
 from envs.head import Lift, head_of, is_new
 from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened, opening
 from envs.parts import Parts
-from envs.purpose import objective_of
+from envs.purpose import WEIGHED, objective_of
 from envs.shards import sharded
 from envs.switchable import SwitchableOptimizer
 
 KINDS: dict[str, Optimizer] = {"sgd": "sgd", "rmsprop": "rmsprop"}  # by a part of the name
 ALIKE = ("adam", "ademamix", "adafactor")  # in a name: takes the rates that AdamW takes
-WEIGHED = ("dpo", "kto", "grpo")  # objectives whose beta weighs a KL term or a preference
 APART = ("prodigy", "dadapt", "asgd")  # in a name: makes something else of its rate
 
 
