@@ -137,7 +137,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
                 raise UnknownName("option of reset", name, OPTIONS)
         super().reset(seed=seed)
         task, knobs, job_seed = self._draw(options or {})
-        self._job = None  # frees its place in a pack
+        self.close()
         self._job = self._make_job(task, job_seed, knobs)
         self._start, self._over = knobs.rate, False
         self._hidden = bool(self.np_random.random() < self._blind)
@@ -176,6 +176,11 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
             reward = crash(before, self._first)
         self._over = reason is not None or job.step >= job.task.steps
         return self._observe(), reward, self._over, False, self._info(score.metric, reason)
+
+    def close(self) -> None:
+        """End the episode and its job: a Trainer's loop is left, a place in a pack is free."""
+        job, self._job = self._job, None
+        getattr(job, "close", lambda: None)()
 
     @property
     def history(self) -> tuple[Progress, ...]:

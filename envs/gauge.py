@@ -22,6 +22,7 @@ class Gauge:
     bounded: bool | None = None  # rewards are within [0, 1]; None before the first
     rewarded: bool = False  # a line had a reward, be it None
     missed: bool = False  # one had None or NaN, and it was said
+    exceeded: bool = False  # one was above 1 in a run whose first was not, and it was said
 
     def cost(self, logs: Mapping[str, Any], prefix: str = "") -> float | None:
         """Lower is better; None where the line has none. prefix: of the names in the line."""
@@ -47,6 +48,13 @@ class Gauge:
                     "sees little of rewards far from 0; scale them to [0, 1]",
                     reward,
                 )
+        if self.bounded and reward > 1.0 + LEAST and not self.exceeded:
+            self.exceeded = True
+            logger.warning(
+                "reward: %.4g is outside [0, 1], and the first was not: the tuner goes by "
+                "1 - reward, and sees no difference above 1; scale them to [0, 1]",
+                reward,
+            )
         if self.bounded:
             return max(1.0 - reward, LEAST)
         return max(-reward, 0.0) + math.log1p(math.exp(-abs(reward)))

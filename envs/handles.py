@@ -12,6 +12,7 @@ from envs.errors import BadInput
 from envs.head import Lift, head_of, is_new
 from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened, opening
 from envs.parts import Parts
+from envs.purpose import WEIGHED, objective_of
 from envs.shards import sharded
 from envs.switchable import SwitchableOptimizer
 
@@ -223,7 +224,13 @@ def _known(optimizer: Any) -> Optimizer | None:
 
 
 def beta_of(trainer: Any) -> float | None:
-    """Of a Trainer whose objective has one that counts; with 0 there is no reference model."""
-    beta = getattr(trainer, "beta", None)
-    known = isinstance(beta, int | float) and not isinstance(beta, bool) and beta > 0
-    return float(beta) if known else None  # type: ignore[arg-type]
+    """Of a Trainer whose objective has one that counts; with 0 there is no reference model.
+
+    Others call other things beta, as the share of two divergences; or only show theirs.
+    """
+    beta, shown = getattr(trainer, "beta", None), getattr(type(trainer), "beta", None)
+    if not isinstance(beta, int | float) or isinstance(beta, bool) or beta <= 0:
+        return None
+    fixed = isinstance(shown, property) and shown.fset is None
+    known = objective_of(trainer.args, trainer.model) in WEIGHED
+    return float(beta) if known and not fixed else None

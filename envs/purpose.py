@@ -7,6 +7,7 @@ from envs.task import Objective
 
 _TAUGHT = {"reward": "reward", "dpo": "dpo", "cpo": "dpo", "orpo": "dpo", "kto": "kto",
            "sft": "sft", "grpo": "grpo", "rloo": "grpo"}  # by TRL's configuration  # fmt: skip
+WEIGHED = ("dpo", "kto", "grpo")  # whose Trainers have a beta that weighs KL or the preference
 _NAMED = {
     "TokenClassifi": "tokens",
     "Classifi": "classification",

@@ -1,9 +1,12 @@
 """A user's own Trainer as a Gymnasium environment."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import Any
+
+from torch import nn
 
 from envs.chance import every, put_back
 from envs.env import FineTuneEnv
@@ -14,7 +17,7 @@ from envs.job import Score
 from envs.knobs import Actions, Knobs, Optimizer, Shape
 from envs.refusals import refuse_job
 from envs.task import SPLITS, Split, Task
-from envs.trainer_job import Setup, TrainerJob, in_force
+from envs.trainer_job import Setup, TrainerJob, in_force, optimizer_of
 
 Factory = Callable[[int], Any]
 
@@ -42,8 +45,8 @@ def trainer_env(
         spread: half-width, in decades, of the starting rate around the Trainer's own.
 
     Raises:
-        BadInput: the Trainer has no evaluation data or a schedule that cannot be scaled, or is none
-            that a job can be made of (`envs.refusals`).
+        BadInput: the Trainer has no rows to learn from or to be judged by, no updates, a schedule
+            that cannot be scaled, or is none that a job can be made of (`envs.refusals`).
     """
     if not isinstance(decisions, int) or decisions < 1:
         raise BadInput(f"environment: decisions: {decisions!r} is not a count; give 1 or more")
@@ -82,11 +85,14 @@ def _planned(factory: Factory) -> tuple[Any, int, float, Optimizer]:
     refuse_job(trainer)
     for split in SPLITS:
         _data(trainer, split)
+    batches = _batches(trainer)
     if trainer.optimizer is None:
         Knobs(trainer.args.learning_rate)  # refuses what no optimizer takes
-    planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    steps = int(planned[-1])
-    kind = in_force(trainer, Knobs()).optimizer
+    steps = int(trainer.set_initial_training_values(trainer.args, batches)[-1])
+    if steps < 1:
+        name = "num_train_epochs" if trainer.args.max_steps < 0 else "max_steps"
+        raise BadInput(f"trainer: {name}: {getattr(trainer.args, name)!r} is no update; give more")
+    kind = in_force(trainer, optimizer_of(trainer), Knobs()).optimizer
     trainer.create_optimizer_and_scheduler(steps)
     return trainer.args, steps, Rates(trainer.lr_scheduler).start, kind
 
@@ -96,6 +102,8 @@ def _prepare(factory: Factory, task: Task, seed: int, knobs: Knobs) -> Setup:
     trainer.args.learning_rate = knobs.rate
     trainer.args.logging_nan_inf_filter = False
     classes = getattr(getattr(trainer.model, "config", None), "num_labels", None)
+    if isinstance(getattr(trainer, "reward_funcs", None), list):  # trainers may share it
+        trainer.reward_funcs = [_checked(reward) for reward in trainer.reward_funcs]
     judge = partial(score, gauge=Gauge())
     seen = task.steps * trainer.get_total_train_batch_size(trainer.args)
     return Setup(trainer, judge, rows_of(trainer.train_dataset, seen), classes or 2)
@@ -133,6 +141,60 @@ def score(trainer: Any, split: Split, gauge: Gauge | None = None) -> Score:
             "add what makes it so"
         )
     return Score(loss, others[0] if others else -loss)
+
+
+def _checked(reward: Any) -> Any:
+    """The same reward function, but what it must not return is told in one sentence.
+
+    A number or None for each text is as TRL has it. Models are left alone.
+    """
+    if isinstance(reward, nn.Module):
+        return reward
+    plain = reward
+    while isinstance(plain, partial):
+        plain = plain.func
+    name = getattr(plain, "__name__", type(plain).__name__)
+
+    def checked(found: Any, completions: Sequence[Any]) -> list[float | None]:
+        try:
+            values = [None if value is None else float(value) for value in found]
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(
+                f"trainer: reward_funcs: {name} returned {str(found)[:60]}; let it return a list "
+                "with a number, or None, for each text"
+            ) from None
+        if len(values) != len(completions):
+            raise BadInput(
+                f"trainer: reward_funcs: {name} returned {len(values)} numbers for "
+                f"{len(completions)} texts; let it return one, or None, for each"
+            )
+        return values
+
+    if iscoroutinefunction(plain) or iscoroutinefunction(plain.__call__):
+
+        async def pay_later(completions: Sequence[Any], **more: Any) -> list[float | None]:
+            return checked(await reward(completions=completions, **more), completions)
+
+        return pay_later
+
+    def pay(completions: Sequence[Any], **more: Any) -> list[float | None]:
+        return checked(reward(completions=completions, **more), completions)
+
+    return pay
+
+
+def _batches(trainer: Any) -> Any:
+    """The loader of the rows to learn from; torch and transformers refuse some that have none."""
+    data = trainer.train_dataset
+    try:
+        loader = trainer.get_train_dataloader()
+        if rows_of(loader, seen=1):
+            return loader
+    except ValueError:
+        if data is not None and rows_of(data, seen=1):
+            raise
+    lack = "the Trainer has none" if data is None else "no batch in it"
+    raise BadInput(f"trainer: train_dataset: {lack}, so there is nothing to learn; give it rows")
 
 
 def _data(trainer: Any, split: Split) -> Any:

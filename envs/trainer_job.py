@@ -9,7 +9,7 @@ from typing import Any
 
 import greenlet
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from envs import probe
 from envs.chance import RandomState, every
@@ -72,7 +72,9 @@ class TrainerJob:
             self._setup = make(task, seed, self._knobs)
         trainer = self._setup.trainer
         refuse_job(trainer)
-        self._knobs = in_force(trainer, self._knobs)
+        with self._world.copied():
+            optimizer = optimizer_of(trainer)
+        self._knobs = in_force(trainer, optimizer, self._knobs)
         self._model = trainer.model
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         if not self._parameters:
@@ -80,7 +82,7 @@ class TrainerJob:
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
         own = task.objective == "own"
         objective = objective_of(trainer.args, self._model) if own else task.objective
-        head = self._head_rate(self._knobs.head_rate, found["adapter"])
+        head = self._head_rate(self._knobs.head_rate, optimizer, found["adapter"])
         self._parts = Parts(self._model)
         self._knobs = self._fit(self._knobs, Knobs()).having(head_rate=head)
         self._scale()
@@ -92,11 +94,11 @@ class TrainerJob:
             objective=objective,
             **found,
         )
-        self._switch = isinstance(trainer.optimizer, SwitchableOptimizer)
+        self._switch = isinstance(optimizer, SwitchableOptimizer)
         self._pace = _Pace(trainer, self._parts)
         trainer.add_callback(self._pace)
         self._loop = greenlet.greenlet(trainer.train)
-        self._lost = 0
+        self._lost, self._closed = 0, False
 
     @property
     def step(self) -> int:
@@ -120,6 +122,8 @@ class TrainerJob:
         divergence. Its loop has ended then: the losses of all further updates are NaN, also after
         a restore. Anything else it raises is raised here.
         """
+        if self._closed:
+            raise RunFailed("trainer: job: it was closed; open another one")
         pace = self._pace
         pace.until, pace.knobs = pace.step + steps, self._knobs
         if not self._lost:
@@ -144,9 +148,9 @@ class TrainerJob:
             finite=finite(self._parameters),
         )
 
-    def _head_rate(self, times: float | None, adapter: str) -> float | None:
+    def _head_rate(self, times: float | None, optimizer: Any, adapter: str) -> float | None:
         """What the head's rate is opened with: of a new one, where all weights have one rate."""
-        head, optimizer = head_of(self._model), self._setup.trainer.optimizer
+        head = head_of(self._model)
         if times is None or not is_new(self._model, head):
             return None
         if optimizer is not None and not Lift(head, optimizer).able:
@@ -226,15 +230,31 @@ class TrainerJob:
 
     def close(self) -> None:
         """Leave the Trainer's loop; nothing can be advanced any more."""
-        if self._loop:
+        self._closed = True
+        if not self._loop.dead:  # one that has not begun is false, and not dead
             self._loop.parent = greenlet.getcurrent()
             with self._world.lent():
                 self._loop.throw()
 
 
-def in_force(trainer: Any, knobs: Knobs) -> Knobs:
+def optimizer_of(trainer: Any) -> Any:
+    """The optimizer that a Trainer has, or one as its own ``create_optimizer`` will make.
+
+    None: as its arguments say. What is made here is looked at and not trained with: the Trainer
+    makes another when its run begins. Random numbers may be used up.
+    """
+    own = getattr(trainer.create_optimizer, "__func__", None) is not Trainer.create_optimizer
+    if trainer.optimizer is not None or not own:
+        return trainer.optimizer
+    scheduler = trainer.lr_scheduler
+    trainer.create_optimizer()
+    made, trainer.optimizer, trainer.lr_scheduler = trainer.optimizer, None, scheduler
+    return made
+
+
+def in_force(trainer: Any, optimizer: Any, knobs: Knobs) -> Knobs:
     """The knobs with the settings that are the Trainer's own, or its optimizer's if it has one."""
-    args, optimizer = trainer.args, trainer.optimizer
+    args = trainer.args
     named = str(getattr(args.optim, "value", args.optim))
     kind: Optimizer = next((known for known in OPTIMIZERS if known == named), "adamw")
     decay = args.weight_decay
@@ -292,7 +312,7 @@ class _Pace(TrainerCallback):
             trainer=self._trainer,
             parts=self._parts,
         )
-        self._put = in_force(self._trainer, self._handles.given)
+        self._put = in_force(self._trainer, self._optimizer, self._handles.given)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Halt if a decision is due, and go on with what was decided."""

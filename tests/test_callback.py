@@ -792,8 +792,12 @@ def test_what_a_log_line_says_of_the_cost(caplog):
     lines = [{"loss": 9.0, "reward": r} for r in (None, math.nan, 0.25, 1.0, 3.0, -0.5)]
     assert [inside.cost(line) for line in lines] == [None, None, 0.75, 1e-3, 1e-3, 1.5]
     assert inside.cost({"loss": 9.0}) is None
-    assert caplog.messages == [m for m in caplog.messages if "reward: None is the mean" in m]
-    assert len(caplog.messages) == 1
+    none, above = caplog.messages
+    assert "reward: None is the mean" in none
+    assert "reward: 3 is outside [0, 1], and the first was not" in above
+    assert inside.cost({"reward": 4.0}) == 1e-3
+    assert len(caplog.messages) == 2
+    caplog.clear()
     outside = Gauge()
     costs = [outside.cost({"reward": r}) for r in (2.0, 0.0, -800.0)]
     assert costs == pytest.approx([math.log1p(math.exp(-2)), math.log(2), 800.0])

@@ -99,7 +99,7 @@ def test_the_callback_turns_what_the_table_says(place, processes):
     net[2].scaling = {"own": 2.0}
     net.base_model_prefix = "0"  # what comes after it is the head
     switchable = SwitchableOptimizer(net.parameters())
-    preference = SimpleNamespace(beta=0.1)
+    preference = SimpleNamespace(beta=0.1, args=args, model=SimpleNamespace(objective="dpo"))
     if REACH["optimizer"][place]:
         handles = Handles(args, net, switchable, 1e-3, TURNS, trainer=preference, headed=True)
         assert handles.switch

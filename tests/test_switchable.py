@@ -506,7 +506,7 @@ def test_settings_travel_as_numbers_and_layers_stay_in_several_processes():
         assert handles.knobs(knobs.rate, *handles.numbers(knobs)) == knobs
     rich = Handles(
         Args, net, SwitchableOptimizer(net.parameters()), 1e-3, ACTIONS,
-        trainer=SimpleNamespace(beta=0.1),
+        trainer=SimpleNamespace(beta=0.1, args=Args, model=SimpleNamespace(objective="dpo")),
     )  # fmt: skip
     assert rich.dials == ("weight_decay", "clip", "beta", "depth")
     turned = replace(rich.given, beta=0.3)

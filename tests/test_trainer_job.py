@@ -3,6 +3,7 @@
 import gc
 import math
 import random
+import re
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from envs import catalog
 from envs.chance import put_back
 from envs.env import FineTuneEnv
 from envs.errors import BadInput, RunFailed
+from envs.handles import beta_of
 from envs.knobs import Actions, Knobs
 from envs.switchable import SwitchableOptimizer
 from envs.task import Task
@@ -206,8 +208,15 @@ def test_the_other_settings_are_the_trainers_own_until_they_are_turned(factory):
             decays = {group["weight_decay"] for group in optimizer.param_groups}
             seen.append((max(decays), min(decays), args.max_grad_norm))
 
+    class DPOConfig(TrainingArguments):
+        """As TRL's is called: the objective is told by it."""
+
     class Weighed(Trainer):
         beta = 0.1
+
+        def __init__(self, **given):
+            super().__init__(**given)
+            self.args.__class__ = DPOConfig
 
     changes = {"weight_decay": 0.02, "max_grad_norm": 0.3, "callbacks": [Watch()]}
     job = opened(factory, kind=Weighed, **changes)
@@ -220,6 +229,25 @@ def test_the_other_settings_are_the_trainers_own_until_they_are_turned(factory):
     with pytest.raises(BadInput, match="optimizer: is the Trainer's own"):
         job.apply(replace(job.knobs, optimizer="sgd"))
     assert opened(factory).knobs.beta is None
+
+
+def test_a_beta_of_another_meaning_is_left_alone(factory):
+    """As that of TRL's distillation, or one that is only shown, as of its online DPO."""
+
+    class Shown(Trainer):
+        beta = property(lambda self: 0.1)
+
+    class Mixed(Trainer):
+        beta = 0.1
+
+    class DPOConfig(TrainingArguments):
+        """As TRL's is called."""
+
+    for kind in (Mixed, Shown):
+        trainer = factory(SEED, kind=kind)
+        assert beta_of(trainer) is None
+        trainer.args.__class__ = DPOConfig
+        assert beta_of(trainer) == (None if kind is Shown else 0.1)
 
 
 def test_an_optimizer_that_can_be_switched_is_switched(factory):
@@ -382,12 +410,52 @@ def test_a_dropped_job_ends_its_loop_and_is_freed(factory):
     assert left == [4, 4]
 
 
+def test_a_job_that_was_closed_trains_no_more(factory):
+    for updates in (0, 4):
+        job = opened(factory)
+        if updates:
+            job.advance(updates)
+        before = weights(job)
+        job.close()
+        job.close()
+        with pytest.raises(RunFailed, match="job: it was closed"):
+            job.advance(4)
+        assert torch.equal(weights(job), before)
+
+
 # -- the environment of a user's own Trainer ---------------------------------------------------
 
 
 def test_the_registered_environment_passes_the_checker(factory):
     env = gymnasium.make("Steersman/Trainer-v0", trainer_factory=factory, decisions=3)
     check_env(env.unwrapped, skip_render_check=True)
+
+
+def test_its_trainer_is_left_when_it_is_closed_or_reset(factory):
+    left = []
+
+    class Tidy(Trainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            try:
+                return super()._inner_training_loop(*args, **kwargs)
+            finally:
+                left.append(self.state.global_step)
+
+    env = gymnasium.make("Steersman/Trainer-v0", decisions=3,
+                         trainer_factory=partial(factory, kind=Tidy))  # fmt: skip
+    env.reset(seed=0)
+    env.step(KEEP)
+    job = env.unwrapped._job  # as a debugger or a traceback may hold it
+    env.reset()
+    assert left == [4]
+    assert job._loop.dead
+    env.step(KEEP)
+    env.step(KEEP)
+    env.close()
+    assert left == [4, 8]
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.unwrapped.step(KEEP)
+    env.close()
 
 
 def test_to_make_one_leaves_the_callers_random_states_alone(factory):
@@ -448,6 +516,50 @@ def test_an_optimizer_of_the_users_own_is_left_as_it_is(factory, kind):
     assert torch.equal(weights(env._job), plain)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("again", [False, True])
+def test_an_optimizer_that_the_trainer_makes_itself_is_left_as_it_is(factory, kind, again):
+    """Also one that draws random numbers, or is made anew at each call, with a schedule."""
+
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            if self.optimizer is None or again:
+                torch.rand(3)
+                groups = [{"params": [*self.model.parameters()], "weight_decay": 5.0}]
+                rate = self.args.learning_rate
+                self.optimizer = (
+                    torch.optim.AdamW(groups, lr=rate) if kind == "adamw"
+                    else SwitchableOptimizer(groups, "sgd", lr=rate)
+                )  # fmt: skip
+            if self.lr_scheduler is None:
+                self.create_scheduler(self.args.max_steps, self.optimizer)
+            return self.optimizer
+
+    make = partial(factory, kind=Own)
+    env = trainer_env(make, decisions=3, spread=0.0)
+    _, info = env.reset(seed=0)
+    assert info["optimizer"] == env.context.optimizer == kind
+    for _ in range(3):
+        info = env.step(KEEP)[4]
+    assert info["optimizer"] == kind
+    trainer = make(env._job._setup.trainer.args.seed)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    assert torch.equal(weights(env._job), plain)
+
+
+def test_an_optimizer_that_the_trainer_makes_itself_can_be_switched(factory):
+    class Own(Trainer):
+        def create_optimizer(self, model=None):
+            self.optimizer = SwitchableOptimizer(self.model.parameters(), lr=1e-2)
+            return self.optimizer
+
+    job = opened(factory, kind=Own)
+    job.apply(replace(job.knobs, optimizer="sgd"))
+    assert job.advance(4).finite
+    assert job._setup.trainer.optimizer.optimizer.kind == "sgd"
+
+
 def vowels(completions, **_):
     return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
 
@@ -506,6 +618,43 @@ def test_a_reward_that_is_no_number_is_refused_before_the_run(tmp_path, paid):
     assert 0 < info["validation"] < 1
 
 
+def test_a_reward_function_that_returns_no_list_of_numbers_is_refused(tmp_path):
+    answers = []
+
+    def bad(completions, **_):
+        return answers[-1]
+
+    class Later:
+        async def __call__(self, completions, **_):
+            return answers[-1]
+
+    for reward, name in ((bad, "bad"), (partial(bad), "bad"), (Later(), "Later")):
+        env = trainer_env(rewarded(tmp_path, [vowels, reward]), decisions=2, spread=0.0)
+        for answer, problem in (
+            (None, "None; let it return a list with a number, or None, for each text"),
+            (["good"] * 4, "['good', 'good', 'good', 'good']; let it return a list"),
+            ([1.0], "1 numbers for 4 texts; let it return one, or None, for each"),
+        ):
+            answers.append(answer)
+            wanted = re.escape(f"trainer: reward_funcs: {name} returned {problem}")
+            with pytest.raises(BadInput, match=f"^{wanted}"):
+                env.reset(seed=0)
+        answers.append([0.5, None, np.float32(0.25), torch.tensor(1.0)])
+        assert 0 < env.reset(seed=0)[1]["metric"] < 2
+
+
+def test_an_episode_of_keep_by_reward_is_the_users_own_run(tmp_path):
+    make = rewarded(tmp_path, [vowels, lambda completions, **_: torch.rand(len(completions))])
+    env = trainer_env(make, decisions=2, spread=0.0)
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(KEEP)
+    trainer = make(env._job._setup.trainer.args.seed)
+    trainer.train()
+    plain = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+    assert torch.equal(weights(env._job), plain)
+
+
 def test_what_cannot_be_an_environment_is_refused(factory):
     with pytest.raises(BadInput, match="eval_dataset: the Trainer has none"):
         trainer_env(lambda seed: factory(seed, eval_dataset=None))
@@ -523,6 +672,17 @@ def test_what_cannot_be_an_environment_is_refused(factory):
             trainer_env(lambda seed, empty=empty: factory(seed, eval_dataset=empty))
     with pytest.raises(BadInput, match="eval_dataset: no rows in it for test, so nothing says"):
         opened(factory, eval_dataset=Texts([])).evaluate("test")
+    for train, changes, lack in (
+        (Texts([]), {}, "no batch in it, so there is"),
+        (Texts([]), {"train_sampling_strategy": "sequential"}, "no batch in it, so there is"),
+        (None, {}, "the Trainer has none, so there is nothing to learn; give it rows"),
+    ):
+        with pytest.raises(BadInput, match=f"^trainer: train_dataset: {lack}"):
+            trainer_env(lambda seed, t=train, c=changes: factory(seed, train=t, **c))
+    for changes in ({"max_steps": 0}, {"num_train_epochs": 0, "max_steps": -1}):
+        name = next(iter(changes))
+        with pytest.raises(BadInput, match=f"^trainer: {name}: 0 is no update; give more"):
+            trainer_env(lambda seed, changes=changes: factory(seed, **changes))
     for rate in (0.0, math.nan):
         with pytest.raises(BadInput, match=rf"rate: {rate} cannot train anything; give a number"):
             trainer_env(lambda seed, rate=rate: factory(seed, learning_rate=rate))
