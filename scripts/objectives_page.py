@@ -145,8 +145,8 @@ other objectives.
 {engines()}
 
 The optimizer may be AdamW or one that takes its rates, RMSprop, or SGD with a momentum of
-{MOMENTA[0]:g} to {MOMENTA[1]:g}. Others (Lion, Prodigy, Muon) the callback refuses: it does not know
-which rates suit them.
+{MOMENTA[0]:g} to {MOMENTA[1]:g}. Others (Lion, Prodigy, Muon) the callback refuses: which rates suit
+them it does not know.
 
 Gradient accumulation and bf16 change nothing in these rows. The tests run on the CPU; those of
 several processes (two, `tests/test_scale.py`) turn the rate and, in DDP, LoRA's scaling, and roll
