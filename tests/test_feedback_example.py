@@ -115,8 +115,10 @@ def test_what_people_write_beats_what_it_replaces(rewards):
         ("scores", [1, math.nan, 2], "no finite number"),
         ("scores", [1, math.inf, 2], "no finite number"),
         ("scores", [1, 4.1, 2], "off the scale"),
+        ("scores", [1, 10**400, 2], "off the scale"),
         ("rankings", [1, 2, 4], "no rank"),
         ("rankings", [1, 2, 1.5], "no rank"),
+        ("rankings", [1, 2, 10**400], "no rank"),
         ("comparisons", [[1, 1]], "no pair"),
         ("comparisons", [[1, 4]], "no pair"),
         ("comparisons", [[0, 1]], "no pair"),
@@ -126,6 +128,7 @@ def test_what_people_write_beats_what_it_replaces(rewards):
         ("edits", ["a"], "no object"),
         ("edits", {"4": "a"}, "no text's number"),
         ("edits", {"x": "a"}, "no text's number"),
+        ("edits", {"1" * 5000: "a"}, "no text's number"),
         ("edits", {"1": " "}, "no text of"),
         ("edits", {"1": None}, "no text of"),
         ("demonstrations", "a", "no list"),
@@ -195,8 +198,9 @@ def test_the_terminal_shows_no_control_characters(sources):
 
 def test_a_file_gives_the_rows_of_the_items_it_knows(sources, items, tmp_path):
     path = tmp_path / "mine.jsonl"
-    rows = [{"id": "r1-1", "scores": [1, 2]}, {"id": "r2-0", "scores": [9]}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"id": "r1-1", "scores": [1, 2]}, {"id": "r2-0", "said": "a\u2028b\x85c"}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows]
+    path.write_bytes("".join(lines).encode())
     assert list(sources.File(path).ask(items, "scores")) == rows[:1]
 
 
