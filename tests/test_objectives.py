@@ -486,6 +486,12 @@ def test_a_model_that_cannot_hold_the_text_is_refused(task_of):
         objectives.prepare(task_of("causal", max_length=65), 0, Knobs())
 
 
+@pytest.mark.parametrize("objective", ["causal", "sft", "grpo"])
+def test_an_encoder_is_no_language_model(objective, task_of):
+    with pytest.raises(BadInput, match="tiny-32: model: not a decoder; give a causal language mod"):
+        objectives.prepare(task_of(objective, model="tiny-32"), 0, Knobs())
+
+
 def test_data_have_an_identity(task_of, tmp_path):
     task = task_of("tokens")
     data = objectives.load(task)
