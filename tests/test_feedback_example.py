@@ -336,6 +336,22 @@ def test_settings_that_cannot_be_used_are_refused():
         settings(rounds=0)
 
 
+def test_prompts_that_run_out_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    loop = part("loop")
+    turns = [texts.Turn(f"so {number}?", "yes") for number in range(2 * loop.ROWS + 100)]
+    monkeypatch.setattr(texts, "dialogue", lambda: {"train": turns, "test": turns[:9]})
+    with pytest.raises(BadInput, match="prompts: 34 in each of 3 rounds are more than the 100"):
+        loop.run(loop.Settings(rounds=3, prompts=34), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+    def begin(settings, out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_begin", begin)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(loop.Settings(rounds=4, prompts=25), tmp_path / "new")
+
+
 def test_a_folder_holds_one_run(tmp_path):
     loop = part("loop")
     loop._begin(loop.Settings(), tmp_path / "run")
