@@ -112,7 +112,8 @@ test fails when it is stale.
 {objectives()}
 
 All of them train all weights or LoRA (`adapter: lora`); GRPO's reward is any function from texts to
-numbers from 0 to 1. `steersman apply default --task dpo` runs a task, steered, and
+numbers from 0 to 1, such as a trained reward model
+([`judge.py`](../examples/judge.py)). `steersman apply default --task dpo` runs a task, steered, and
 `gymnasium.make("Steersman/FineTune-v0", task="dpo")` is its environment. Marks (chrF and BLEU from
 0 to 100, the others from 0 to 1) are given by `apply` alone, to the trained model on test. Any
 other transformers or TRL Trainer takes the callback, and is an environment by
@@ -132,6 +133,9 @@ takes CSV files and datasets, by the columns `text` and `label`.
 {knobs()}
 
 {places}
+
+The task `grpo` has no beta: it is TRL's default of 0, no KL term. A `GRPOTrainer` of one's own that
+was given one above 0 has it.
 
 A policy turns the knobs it was trained to turn. The one that is shipped, `default`, turns the rate
 {envelope()}, and leaves the schedule as it is. From the first
