@@ -72,9 +72,17 @@ class KnobsParallelEnv(ParallelEnv[str, Observation, Any]):
         dict[str, Observation], dict[str, float], dict[str, bool], dict[str, bool],
         dict[str, dict[str, Any]],
     ]:  # fmt: skip
-        """Carry out all agents' choices and run one interval. Raises `BadInput` on a wrong one."""
+        """Carry out all agents' choices and run one interval. Raises `BadInput` on a wrong one.
+
+        Before `reset` and after the end it raises gymnasium's ``ResetNeeded``, as `FineTuneEnv`.
+        """
+        if not self.agents:
+            raise gymnasium.error.ResetNeeded("no episode is running; call reset()")
         if missing := [name for name in self.agents if name not in actions]:
             raise BadInput(f"action: none of {', '.join(missing)}; give one for each agent")
+        for name, space in self.action_spaces.items():
+            if not space.contains(actions[name]):
+                raise BadInput(f"action: {name}: {actions[name]!r:.60} is no choice; give {space}")
         joint = np.array([int(actions[name]) for name in self._seats])
         observation, reward, over, cut, info = self._env.step(joint)
         shown = self._shown(observation, dict(zip(self._seats, joint.tolist(), strict=True)))

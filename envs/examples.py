@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ def _own(path: Path, kind: type) -> list[Any]:
     if not path.is_file():
         raise BadInput(f"{path}: file: not found or not a regular file; give a file that exists")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: file: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except OSError as error:
@@ -172,7 +171,7 @@ def _problem(row: Any) -> str:
     if isinstance(row, Rated):
         if not row.text.strip() or not row.scores:
             return "has no text or no score; remove it"
-        if not all(math.isfinite(score) and abs(score) <= RATING for score in row.scores):
+        if not all(-RATING <= score <= RATING for score in row.scores):
             return f"has a score outside -{RATING:g} to {RATING:g}; rescale the scores"
     elif isinstance(row, Preferred):
         if not row.chosen.strip() or not row.rejected.strip():

@@ -22,6 +22,7 @@ from envs.setups import (
     batches,
     coded,
     collator,
+    decoder_of,
     judging,
     model_of,
     moved,
@@ -166,9 +167,7 @@ def _ordered(gaps: Tensor) -> Score:
 
 def _policy(task: Task, seed: int) -> tuple[nn.Module, nn.Module | None]:
     """A language model and the frozen copy it is compared with; an adapter needs no copy."""
-    from transformers import AutoModelForCausalLM
-
-    model = model_of(task, seed, AutoModelForCausalLM)
+    model = decoder_of(task, seed)
     return model, None if task.adapter == "lora" else copy.deepcopy(model)
 
 

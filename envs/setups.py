@@ -115,6 +115,18 @@ def model_of(
         return trainable(model, task, new)
 
 
+def decoder_of(task: Task, seed: int) -> nn.Module:
+    """A pretrained causal language model; `BadInput` on one that reads what comes after a token."""
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(task, seed, AutoModelForCausalLM)
+    with judging(model) as device:
+        one, other = model(input_ids=torch.tensor([[1, 1], [1, 2]], device=device)).logits[:, 0]
+    if not torch.allclose(one, other, atol=1e-5):
+        raise BadInput(f"{task.model}: model: not a decoder; give a causal language model")
+    return model
+
+
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Without the report of the parts that were drawn anew: here they are meant to be."""

@@ -21,6 +21,7 @@ from envs.setups import (
     batches,
     coded,
     collator,
+    decoder_of,
     initial_seed,
     judging,
     model_of,
@@ -167,8 +168,6 @@ def causal(task: Task, seed: int, knobs: Knobs) -> Setup:
     Marks: chrF (0 to 100) of greedy continuations of a text's first half against its second, and
     the share of their word pairs that are not repeated (distinct-2).
     """
-    from transformers import AutoModelForCausalLM
-
     data, tokenizer = examples.load(task), tokenizer_of(task)
     end = tokenizer.eos_token or ""
     rows = {
@@ -210,7 +209,7 @@ def causal(task: Task, seed: int, knobs: Knobs) -> Setup:
         chrf = float(CHRF().corpus_score(found, [wanted]).score)
         return {"chrF": chrf, "distinct-2": len(set(pairs)) / max(1, len(pairs))}
 
-    model = model_of(task, seed, AutoModelForCausalLM)
+    model = decoder_of(task, seed)
     setup = _setup(task, seed, knobs, model, rows["train"], collate, score)
     return replace(setup, marks=written)
 

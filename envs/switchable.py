@@ -70,6 +70,13 @@ class SwitchableOptimizer(torch.optim.Optimizer):
         new = self._take(kind, groups)
         optim.pass_on(old, new, before, kind)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "kind": self.kind, "_inner": self._inner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update."""
         return self._inner.step(closure)

@@ -20,8 +20,8 @@ from envs.setups import (
     arguments,
     batches,
     collator,
+    decoder_of,
     judging,
-    model_of,
     quiet,
     silent,
     table,
@@ -42,7 +42,6 @@ def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
 
     Cost: mean nats a token of the replies. Metric: one over the perplexity.
     """
-    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = tokenizer_of(task)
@@ -57,7 +56,7 @@ def sft(task: Task, seed: int, knobs: Knobs) -> Setup:
             }
             for prompt, reply in answered(tokenizer, prompts, [row.reply + end for row in part])
         ]
-    model = model_of(task, seed, AutoModelForCausalLM)
+    model = decoder_of(task, seed)
     with quiet(seed):
         trainer = SFTTrainer(
             model=model,
@@ -100,7 +99,6 @@ def grpo(task: Task, seed: int, knobs: Knobs, *, judge: Reward | None = None) ->
     pay of one sampled reply to each statement of the split, the random numbers always the same.
     Metric: the mean pay.
     """
-    from transformers import AutoModelForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
     if task.batch % GROUP:
@@ -115,7 +113,7 @@ def grpo(task: Task, seed: int, knobs: Knobs, *, judge: Reward | None = None) ->
         split: prompts_of(tokenizer, task, [row.statement for row in part])
         for split, part in examples.load(task).rows.items()
     }
-    model = model_of(task, seed, AutoModelForCausalLM)
+    model = decoder_of(task, seed)
     with quiet(seed):
         trainer = GRPOTrainer(
             model=model,

@@ -113,7 +113,8 @@ test fails when it is stale.
 {objectives()}
 
 All of them train all weights or LoRA (`adapter: lora`); GRPO's reward is any function from texts to
-numbers from 0 to 1. `steersman apply default --task dpo` runs a task, steered, and
+numbers from 0 to 1, such as a trained reward model
+([`judge.py`](../examples/judge.py)). `steersman apply default --task dpo` runs a task, steered, and
 `gymnasium.make("Steersman/FineTune-v0", task="dpo")` is its environment. Marks (chrF and BLEU from
 0 to 100, the others from 0 to 1) are given by `apply` alone, to the trained model on test. Any
 other transformers or TRL Trainer takes the callback, and is an environment by
@@ -134,6 +135,9 @@ takes CSV files and datasets, by the columns `text` and `label`.
 
 {places}
 
+The task `grpo` has no beta: it is TRL's default of 0, no KL term. A `GRPOTrainer` of one's own that
+was given one above 0 has it.
+
 A policy turns the knobs it was trained to turn. The one that is shipped, `default`, turns the rate
 {envelope()}, and leaves the schedule as it is. From the first
 update on the new head of a classifier gets ten times the rate in mode explore, three times in mode
@@ -145,8 +149,8 @@ other objectives.
 {engines()}
 
 The optimizer may be AdamW or one that takes its rates, RMSprop, or SGD with a momentum of
-{MOMENTA[0]:g} to {MOMENTA[1]:g}. Others (Lion, Prodigy, Muon) the callback refuses: which rates suit
-them it does not know.
+{MOMENTA[0]:g} to {MOMENTA[1]:g}. Others (Lion, Prodigy, Muon) the callback refuses: it does not
+know which rates suit them.
 
 Gradient accumulation and bf16 change nothing in these rows. The tests run on the CPU; those of
 several processes (two, `tests/test_scale.py`) turn the rate and, in DDP, LoRA's scaling, and roll

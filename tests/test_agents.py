@@ -43,6 +43,8 @@ def test_agents_and_one_hand_turn_the_same_job(tiny_task):
     from envs.agents import KnobsParallelEnv
 
     env = KnobsParallelEnv(FineTuneEnv(tiny_task(), actions=JOINT))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step({})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         testing.parallel_api_test(env, num_cycles=12)
@@ -62,8 +64,13 @@ def test_agents_and_one_hand_turn_the_same_job(tiny_task):
             assert shown[name][-1] == pytest.approx(last)
             assert env.observation_space(name).contains(shown[name])
     assert other._job.knobs.weight_decay == pytest.approx(0.081)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step({})
     with pytest.raises(BadInput, match="none of clip"):
         env.reset(seed=4), env.step({"rate": 1, "weight_decay": 2})
+    for bad in (np.nan, None, 1.9, 2, -1, "1"):
+        with pytest.raises(BadInput, match=r"^action: clip: .* is no choice; give Discrete\(2\)"):
+            env.step({"rate": 1, "weight_decay": 2, "clip": bad})
     with pytest.raises(BadInput, match="joint"):
         KnobsParallelEnv(FineTuneEnv(tiny_task()))
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NAMES = [path.stem for path in SCRIPTS]
 LINES = 60
-SHORT = {"causal": "20", "dpo": "20", "kto": "20", "grpo": "10", "sft": "20", "smollm_lora": "2",
-         "translation": "20", "headlines": "20"}  # fmt: skip
+SHORT = {"causal": "20", "dpo": "20", "kto": "20", "grpo": "10", "judge": "10", "sft": "20",
+         "smollm_lora": "2", "translation": "20", "headlines": "20"}  # fmt: skip
 
 
 def launched(name):

@@ -115,8 +115,10 @@ def test_what_people_write_beats_what_it_replaces(rewards):
         ("scores", [1, math.nan, 2], "no finite number"),
         ("scores", [1, math.inf, 2], "no finite number"),
         ("scores", [1, 4.1, 2], "off the scale"),
+        ("scores", [1, 10**400, 2], "off the scale"),
         ("rankings", [1, 2, 4], "no rank"),
         ("rankings", [1, 2, 1.5], "no rank"),
+        ("rankings", [1, 2, 10**400], "no rank"),
         ("comparisons", [[1, 1]], "no pair"),
         ("comparisons", [[1, 4]], "no pair"),
         ("comparisons", [[0, 1]], "no pair"),
@@ -126,6 +128,7 @@ def test_what_people_write_beats_what_it_replaces(rewards):
         ("edits", ["a"], "no object"),
         ("edits", {"4": "a"}, "no text's number"),
         ("edits", {"x": "a"}, "no text's number"),
+        ("edits", {"1" * 5000: "a"}, "no text's number"),
         ("edits", {"1": " "}, "no text of"),
         ("edits", {"1": None}, "no text of"),
         ("demonstrations", "a", "no list"),
@@ -195,8 +198,9 @@ def test_the_terminal_shows_no_control_characters(sources):
 
 def test_a_file_gives_the_rows_of_the_items_it_knows(sources, items, tmp_path):
     path = tmp_path / "mine.jsonl"
-    rows = [{"id": "r1-1", "scores": [1, 2]}, {"id": "r2-0", "scores": [9]}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"id": "r1-1", "scores": [1, 2]}, {"id": "r2-0", "said": "a\u2028b\x85c"}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows]
+    path.write_bytes("".join(lines).encode())
     assert list(sources.File(path).ask(items, "scores")) == rows[:1]
 
 
@@ -330,6 +334,22 @@ def test_settings_that_cannot_be_used_are_refused():
         settings(kind="likes")
     with pytest.raises(BadInput, match="loop: rounds: 0 is too small"):
         settings(rounds=0)
+
+
+def test_prompts_that_run_out_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    loop = part("loop")
+    turns = [texts.Turn(f"so {number}?", "yes") for number in range(2 * loop.ROWS + 100)]
+    monkeypatch.setattr(texts, "dialogue", lambda: {"train": turns, "test": turns[:9]})
+    with pytest.raises(BadInput, match="prompts: 34 in each of 3 rounds are more than the 100"):
+        loop.run(loop.Settings(rounds=3, prompts=34), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+    def begin(settings, out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_begin", begin)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(loop.Settings(rounds=4, prompts=25), tmp_path / "new")
 
 
 def test_a_folder_holds_one_run(tmp_path):

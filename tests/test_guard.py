@@ -19,6 +19,7 @@ from tuner.guard import (
     CAREFUL,
     COOLDOWN,
     FAR,
+    NO_SWITCH,
     STREAK,
     GuardState,
     alarm,
@@ -314,6 +315,29 @@ def test_the_log_has_a_line_a_decision_and_replays(tmp_path, view):
     lines[2]["applied"]["rate"] *= 2
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert any(line.startswith("step 20: applied") for line in replay(path, policy))
+
+
+@pytest.mark.parametrize(
+    ("limits", "choice", "carried", "guard"),
+    [
+        (FAR, [0, 0, 1], Decision(0.3), "the clip cannot be turned here"),
+        (FAR, [3, 0, 1], Decision(rollback=True), "the clip cannot be turned here"),
+        (FAR, [0, 1, 0], Decision(0.3), NO_SWITCH),
+        (FAR, [3, 1, 1], Decision(rollback=True), f"the clip cannot be turned here; {NO_SWITCH}"),
+        (FAR, [1, 1, 1], Decision(), f"the clip cannot be turned here; {NO_SWITCH}"),
+        (replace(FAR, turns=("clip",)), [1, 1, 1], Decision(turns=(("clip", 0.3),)), NO_SWITCH),
+        (replace(FAR, switch=True), [0, 1, 1], Decision(0.3, optimizer="sgd"),
+         "the clip cannot be turned here"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_turned_here_leaves_the_rest(limits, choice, carried, guard, tmp_path):
+    kind = Actions("joint", (0.3, 1.0, 3.0), optimizers=("sgd",), turns=(("clip", 0.3),))
+    policy = Table(np.array(choice), actions_as=kind)
+    helm = Helm(policy, limits, START, log=tmp_path / "log.jsonl")
+    helm.start()
+    ruling, _ = drive(helm)[0]
+    assert (ruling.decision, ruling.guard) == (carried, guard)
+    assert replay(tmp_path / "log.jsonl", policy) == []
 
 
 @pytest.mark.parametrize(

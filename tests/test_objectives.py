@@ -406,6 +406,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ("objective", "rows", "said"),
     [
         ("regression", [{"text": "a", "scores": [5]}], "line 1: has a score outside -4 to 4"),
+        ("regression", [{"text": "a", "scores": [10**400]}], "has a score outside -4 to 4"),
         ("regression", [{"text": "a", "scores": [float("nan")]}], "has a score outside -4 to 4"),
         ("regression", [{"text": "a", "scores": []}], "line 1: has no text or no score"),
         ("regression", [{"text": "a", "scores": "4"}], "scores: missing or of the wrong type"),
@@ -423,6 +424,17 @@ def test_bad_rows_are_refused_in_one_sentence(objective, rows, said, task_of):
     with pytest.raises(BadInput, match=said) as caught:
         objectives.load(task_of(objective, rows))
     assert "\n" not in str(caught.value)
+
+
+def test_a_line_ends_at_a_newline_alone(task_of, tmp_path):
+    """JSON leaves other separators of lines unescaped."""
+    found = [f"a{number}\u2028b\u2029c\x85d" for number in range(64)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in found]
+    path = tmp_path / "marks.jsonl"
+    path.write_bytes("\r\n".join([*lines, ""]).encode())
+    task = replace(task_of("causal", dataset=str(path)), rows=64)
+    rows = objectives.load(task).rows
+    assert sum(map(len, rows.values())) == 64
 
 
 def test_a_long_prompt_leaves_room_for_the_answers(task_of):
@@ -472,6 +484,12 @@ def test_rows_and_objective_must_fit(task_of):
 def test_a_model_that_cannot_hold_the_text_is_refused(task_of):
     with pytest.raises(BadInput, match="max_length: 65 is longer than the 64 positions"):
         objectives.prepare(task_of("causal", max_length=65), 0, Knobs())
+
+
+@pytest.mark.parametrize("objective", ["causal", "sft", "grpo"])
+def test_an_encoder_is_no_language_model(objective, task_of):
+    with pytest.raises(BadInput, match="tiny-32: model: not a decoder; give a causal language mod"):
+        objectives.prepare(task_of(objective, model="tiny-32"), 0, Knobs())
 
 
 def test_data_have_an_identity(task_of, tmp_path):

@@ -61,6 +61,7 @@ def test_the_trainer_of_an_objective_is_the_one_named(objective, task_of):  # no
     assert type(made).__name__ == card.trainer
     assert type(made).__module__.split(".")[0] == card.library
     assert (setup.marks is not None) == bool(card.marks)
+    assert bool(getattr(made, "beta", None)) == (objective in ("dpo", "kto"))
 
 
 def reached(place):

@@ -95,22 +95,21 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"micro": 4}, SHARDS], ids=["ddp", "fsdp"])
-def test_two_processes_resume_exactly(tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "by"),
+    [({"micro": 4}, TORCHRUN), (SHARDS, TORCHRUN), ({"micro": 4}, ACCELERATE)],
+    ids=["ddp", "fsdp", "accelerate launch"],
+)
+def test_two_processes_resume_exactly(tmp_path, options, by):
     """In the middle of an interval, after a rollback; with weights in shards as well."""
     saved = options | {"save": 13}
-    (whole, again), _ = launch(tmp_path, ("run", saved), ("run", saved | {"resume": 13}))
+    runs = ("run", saved), ("run", saved | {"resume": 13})
+    (whole, again), _ = launch(tmp_path, *runs, by=by)
     kind = options.get("kind", "bert")
     same(whole, ranks.run(tmp_path / "one", kind=kind))
     for one, other in zip(whole, again, strict=True):
         assert one["sharded"] == ("fsdp" in options)
         resumed(one, other, 13)
-
-
-@pytest.mark.slow
-def test_a_trainer_under_accelerate_launch(tmp_path):
-    (two,), _ = launch(tmp_path, ("run", {"micro": 4}), by=ACCELERATE)
-    same(two, ranks.run(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,6 +103,20 @@ def test_a_switch_hands_over_and_a_resumed_one_goes_on_to_the_bit(old, new):
     fresh = SwitchableOptimizer(again.parameters(), old, lr=1.0)
     fresh.load_state_dict(saved)
     assert torch.equal(run(again, fresh, 4, 7), run(net, mine, 4, 7))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_makes_the_same_next_steps(again):
+    net = model()
+    optimizer = SwitchableOptimizer(net.parameters(), lr=RATES["adamw"], weight_decay=0.1)
+    run(net, optimizer, 3)
+    optimizer.switch("rmsprop")
+    other, theirs = again((net, optimizer))
+    assert theirs.kind == "rmsprop"
+    theirs.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = RATES["rmsprop"]
+    assert torch.equal(run(other, theirs, 3, 3), run(net, optimizer, 3, 3))
+    theirs.switch("sgd")
+    assert optimizer.kind == "rmsprop"
 
 
 def test_groups_keep_their_own_settings_through_a_switch():
@@ -219,11 +234,14 @@ def test_a_run_that_switched_is_resumed_to_the_bit(task, tmp_path, save):  # noq
         assert all(p.requires_grad for p in trainer.model.parameters())
 
 
-def test_a_plain_optimizer_is_not_switched(task, tmp_path):  # noqa: F811
+def test_a_plain_optimizer_is_not_switched(task, tmp_path, caplog):  # noqa: F811
     train(task, tmp_path, TunerCallback(stub("sgd"), mode="explore"), max_grad_norm=0.0)
     assert {line["guard"] for line in lines(tmp_path)} == {"the optimizer cannot be switched here"}
     train(task, tmp_path, TunerCallback(stub("clip x0.3"), mode="explore"), max_grad_norm=0.0)
     assert {line["guard"] for line in lines(tmp_path)} == {"the clip cannot be turned here"}
+    assert caplog.text.count("turns: clip: the policy turns them, and this run cannot") == 2
+    train(task, tmp_path, TunerCallback(stub("keep"), mode="explore"))
+    assert caplog.text.count("this run cannot") == 2
 
 
 def test_once_off_the_users_settings_rule_again(task, tmp_path):  # noqa: F811
@@ -310,7 +328,7 @@ def test_a_helm_that_gives_up_gives_the_users_optimizer_back(tmp_path, broken):
     found = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(found) == at + 1
     applied = [line["applied"] for line in found]
-    assert applied[0]["rate"] == pytest.approx(50e-3)
+    assert applied[0]["rate"] == pytest.approx(12e-3)
     assert [each["multiplier"] for each in applied] == pytest.approx([1.0] * len(applied))
     assert (applied[-1]["rate"], applied[-1]["optimizer"]) == (pytest.approx(1e-3), "adamw")
     assert replay(log, policy) == []

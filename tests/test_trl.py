@@ -361,15 +361,17 @@ class Beta(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_beta_is_turned_in_the_loss_and_given_back(words, tmp_path):
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO"])
+def test_beta_is_turned_in_the_loss_and_given_back(words, tmp_path, name):
     """As if somebody had set it at these updates; also after a run that was cut short."""
-    plain, by_hand, steered, cut = (trainer_of("DPO", words, tmp_path / x) for x in "abcd")
+    plain, by_hand, steered, cut = (trainer_of(name, words, tmp_path / x, beta=0.1) for x in "abcd")
     callbacks = [TunerCallback(Turner(), mode="explore", trainer=each) for each in (steered, cut)]
     for each, callback in zip((steered, cut), callbacks, strict=True):
         each.add_callback(callback)
     betas = [0.1] * 2 + [0.1 * 3] * 2 + [0.1 * 3 * 3] * 4
     looks = [Beta(plain), Beta(by_hand, betas), Beta(steered), Beta(cut, stop=6)]
     for each in (plain, by_hand, steered):
+        torch.manual_seed(0)  # of what GRPO writes
         each.train()
     assert looks[2].seen == betas
     assert steered.beta == plain.beta == 0.1

@@ -14,7 +14,7 @@ from envs.errors import BadInput, RunFailed
 from envs.knobs import Actions, Decision, Knobs, decode
 from envs.progress import Context
 from tuner.artifact import CLIP
-from tuner.guard import GuardState, limits_of, rule
+from tuner.guard import NO_SWITCH, GuardState, limits_of, rule
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def replay(path: str | Path, policy: Pilot) -> list[str]:
         evidence.pop("opened", None)
         if (mode := evidence.pop("mode")) == "advise":
             continue
-        switch = record["applied"]["optimizer"] is not None
+        switch = NO_SWITCH not in record["guard"]
         limits = replace(limits_of(mode), switch=switch, turns=turns)
         guard, ruling = rule(guard, decode(action, actions), limits, **evidence)
         rate, decision = evidence["rate"], ruling.decision

@@ -199,6 +199,12 @@ class TunerCallback(TrainerCallback, ExportableState):
             **users,
         )
         self._hooks.callback(self._handles.close)
+        lacking = {name for name, _ in manifest.actions.turns} - {*self._handles.dials}
+        if lacking and rank() == 0:
+            logger.warning(
+                "turns: %s: the policy turns them, and this run cannot; they stay as they are",
+                ", ".join(sorted(lacking)),
+            )
         self._saved = saved or {}
         sight = Sight(
             args, model, optimizer, loader, self._trainer, self._eval_dataset, self._eval_rows

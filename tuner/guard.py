@@ -29,6 +29,7 @@ WINDOW = 50  # updates before the interval that the running median is taken over
 DEVIATIONS = 6.0  # median absolute deviations above the running median
 TIMES = 2.0  # and times the running median; also times the start, for a loss that blew up
 WORSE = 2.0  # times the best validation loss
+NO_SWITCH = "the optimizer cannot be switched here"
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,16 @@ def rule(
         eased = min(max((rate / start) ** -0.5, least), most)
         reason = f"out of range: {names}; eased towards the schedule"
         return replace(after, strange=count), Ruling(Decision(eased), low, high, reason)
+    reasons = [
+        f"the {name.replace('_', ' ')} cannot be turned here"
+        for name, _ in wish.turns
+        if name not in limits.turns
+    ]
+    if reasons:
+        wish = replace(wish, turns=tuple(each for each in wish.turns if each[0] in limits.turns))
     if wish.optimizer is not None and not limits.switch:
-        return after, Ruling(KEEP, low, high, "the optimizer cannot be switched here")
-    for name, _ in wish.turns:
-        if name not in limits.turns:
-            words = f"the {name.replace('_', ' ')} cannot be turned here"
-            return after, Ruling(KEEP, low, high, words)
+        wish = replace(wish, optimizer=None)
+        reasons.append(NO_SWITCH)
     if wish.rollback and not limits.rollback:
         return after, Ruling(KEEP, low, high, f"no rollback in {limits.mode} mode")
     if wish != KEEP and foreign:
@@ -183,7 +188,8 @@ def rule(
         reason = f"not raised {late}"
     elif multiplier < wish.multiplier:
         reason = f"at most x{limits.up:g} in a decision"
-    reasons, turns, bounds = [reason], list[Turn](), list[tuple[str, float, float]]()
+    reasons.append(reason)
+    turns, bounds = list[Turn](), list[tuple[str, float, float]]()
     for each in wish.turns:
         if held:
             reasons.append(f"the {each[0].replace('_', ' ')} is not turned {late}")

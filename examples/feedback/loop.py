@@ -70,11 +70,16 @@ def run(settings: Settings, out: Path, source: Source | None = None) -> list[dic
 
     source: who is asked; None is the model that stands in for a person.
     """
-    _begin(settings, out)
     talk = {split: _short(split) for split in ("train", "test")}
     shown, ask = talk["train"][:ROWS], [prompt for prompt, _ in talk["train"][ROWS:]]
     random.Random(settings.seed).shuffle(ask)
     practice, ask = ask[:ROWS], ask[ROWS:]
+    if settings.rounds * settings.prompts > len(ask):
+        raise BadInput(
+            f"loop: prompts: {settings.prompts} in each of {settings.rounds} rounds are more than "
+            f"the {len(ask)} that there are; give fewer, or fewer rounds"
+        )
+    _begin(settings, out)
     held_out = [prompt for prompt, _ in talk["test"][: settings.held_out]]
     seed = 1000 * settings.seed
 

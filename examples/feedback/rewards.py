@@ -97,10 +97,11 @@ def edited(edits: Any, texts: Sequence[str]) -> list[tuple[str, str]]:
     if not isinstance(edits, Mapping):
         raise _bad("edits", edits, "no object; give {number of the text: what it should have been}")
     found = []
+    numbered = {str(number): text for number, text in enumerate(texts, 1)}
     for number, text in edits.items():
-        if not str(number).isdecimal() or not 1 <= int(number) <= len(texts):
+        if str(number) not in numbered:
             raise _bad("edits", number, f"no text's number; give 1 to {len(texts)}")
-        old, new = texts[int(number) - 1], _text(text, "edits")
+        old, new = numbered[str(number)], _text(text, "edits")
         if new != old:
             found.append((new, old))
     return found
@@ -140,9 +141,9 @@ def _numbers(values: Any, count: int, kind: str) -> list[float]:
     if len(values) != count:
         raise _bad(kind, values, f"of length {len(values)}; give one number for each of {count}")
     for value in values:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not -math.inf < value < math.inf:
             raise _bad(kind, value, "no finite number; give a number for each text")
-    return [float(value) for value in values]
+    return list(values)
 
 
 def _text(value: Any, kind: str) -> str:

@@ -97,7 +97,8 @@ class File:
 
     def _lines(self) -> list[str]:
         try:
-            lines = self._path.read_text("utf-8").splitlines()
+            with self._path.open(encoding="utf-8") as file:
+                lines = list(file)
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError) as error:
