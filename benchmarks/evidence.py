@@ -77,28 +77,35 @@ WHY = """## Why bars are missed, as far as it is known
 
 - **Against the best fixed setting.** One rate, reached from anywhere, and a head's rate are all
   there is to win here (`docs/experiments.md`: rates, shapes, decays), and they are the same for
-  nearly all jobs. The policy learned a good constant; the best fixed setting, a cosine from the
-  rule of thumb with the same head's rate, is one by construction. The two are level: in one run
-  they differ by two points either way, which is luck. To be better in 75 % of the runs would take
-  a gain of a point and a half, and nothing that was tried (a rate for each job, other shapes, a
-  head's rate that moves, averaged weights) brought a point.
+  nearly all jobs. The policy learned a good constant; the best fixed setting, near the rule of
+  thumb with the same head's rate, is one by construction. In one run they differ by two points
+  either way, which is luck, and the share moves with the seeds on which the setting is found. To
+  be better in 75 % of the runs would take a gain of a point and a half, and nothing that was tried
+  (a rate for each job, other shapes, a head's rate that moves, averaged weights) brought a point.
+- **Against a hand-written rule.** For the same reason what was learned is no better than a rule
+  that knows the rule of thumb, opens runs as the policy does and walks there: level in `datasets`,
+  and in mode careful a little ahead of the policy, which acts only where it clearly prefers to.
+  The 16 settings of the best list are worth a few trials more than one run of either.
 - **Trials to match.** Six jobs of five seeds: one job's seeds decide whether a searcher of 32
-  trials is ever matched, so the interval is wide, and of the two jobs in the middle the lower one
-  counts. The searcher's selection among 32 checkpoints by its own rows also wins where a steered
-  run has one.
-- **A pretrained encoder.** The policy before was worth more than 8 there, but TPE had no head's
-  rate to search then. In MiniLM-L6 a head at ten times the rate is about as good as one at one
-  time, so what the policy opens with wins nothing; the best fixed setting is level with it here,
-  too. Three jobs of three seeds.
-- **A tuner of all objectives.** In the median objective 6 trials, and more than 8 for `default`,
-  which never saw them: both are taught the same rate. Where they are behind (DPO, GRPO,
-  translation), the rule of thumb is off, or the metric is coarse.
+  trials is ever matched, so the intervals are wide, and of the two jobs in the middle the lower one
+  counts. The same jobs gave 15 (7 to > 32) when TPE drew SGD's and RMSprop's rates around rules of
+  thumb that were too high, in other studies: no change of the tuner lies between the two.
+- **A pretrained encoder.** Head and all in MiniLM-L6 are level with the best fixed setting, and
+  with LoRA behind it in every run: the policy opens a head with twice the rate there, which was
+  best on tiny encoders, and the fixed setting with ten times. Three jobs of three seeds.
+- **A tuner of all objectives.** It and `default`, which never saw them, act alike: both are taught
+  the same rate. They are behind on the language model, DPO, GRPO and translation. For GRPO twice
+  the rule of thumb is better at this size (`docs/experiments.md` says why it is not raised), and a
+  new bridge between encoder and decoder takes more, too.
 - **Harm in mode careful.** Worse by 1 % is within the luck of a seed: it befalls the same
   schedule with another seed three times as often. A mode that reaches 2 % hardly acts, and
   was better in half of the runs, as one that does nothing is.
 
 A language model and DPO are not harmed in mode careful because near the rule of thumb it leaves
-alone what the policy was not trained on (`docs/adr/0008-careful-abroad.md`).
+alone what the policy was not trained on (`docs/adr/0008-careful-abroad.md`). The constants of the
+two tables were changed after held-out figures had been seen (`docs/experiments.md`), and the rules
+of thumb of other objectives were found on the same corpora: those bars are not wholly held out.
+Suites of plan 4 let searchers draw SGD's and RMSprop's rates around the former rules of thumb.
 """
 ROOT = Path(__file__).parent
 README = ROOT.parent / "README.md"

@@ -209,6 +209,8 @@ BARS = (
         better(lambda name: f"{name} shuffled", 0.9)),
     Bar("better than what it opens runs with alone, the rate kept", "above 50 %", "datasets",
         better(fixed("opened"), 0.5)),
+    Bar("better than a hand-written rule that opens runs alike and walks to the rule of thumb",
+        "above 50 %", "datasets", better(fixed("rule"), 0.5)),
     Bar("careful: clearly worse than the user's own schedule", "at most 2 %", "careful",
         harmless(0.02)),
     Bar("careful: diverged", "0 %", "careful", steady(0.0)),
