@@ -85,7 +85,7 @@ WHY = """## Why bars are missed, as far as it is known
 - **Against a hand-written rule.** For the same reason what was learned is no better than a rule
   that knows the rule of thumb, opens runs as the policy does and walks there: level in `datasets`,
   and in mode careful a little ahead of the policy, which acts only where it clearly prefers to.
-  The 16 settings of the best list are worth a few trials more than one run of either.
+  One steered run is worth a few of the settings of the best list.
 - **Trials to match.** Six jobs of five seeds: one job's seeds decide whether a searcher of 32
   trials is ever matched, so the intervals are wide, and of the two jobs in the middle the lower one
   counts. The same jobs gave 15 (7 to > 32) when TPE drew SGD's and RMSprop's rates around rules of
