@@ -36,7 +36,6 @@ KNOTTED = ("random+knots", "tpe+knots")
 SAME_REACH = ("random+adamw", "tpe+adamw")  # of a tuner that does not switch the optimizer
 LEARNED = ("fixed", "list")  # found on the training tasks
 SHOWN = "cells of the latest comparison"
-LESSONS = 3  # seeds on which the best fixed setting is found
 SINGLE = STATIC | {KeepAgain.name: KeepAgain} | FEEDBACK | OPTIMIZERS  # of one run, by name
 KNOWN = (*SINGLE, *LEARNED, *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED,
          *SAME_REACH, *POPULATIONS)  # fmt: skip
@@ -259,7 +258,7 @@ def learn(config: CompareConfig, out: Path, tick: Tick) -> dict[str, Method]:
     found = compare(
         candidates,
         config.jobs(config.training),
-        range(config.seed, config.seed + LESSONS),
+        range(config.seed, config.seed + config.training_seeds),
         out / "fixed.sqlite",
         runs=1,
         workers=config.workers,

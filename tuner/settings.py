@@ -100,6 +100,7 @@ class CompareConfig(BaseModel):
         ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
         description="tasks on which fixed and list are found",
     )
+    training_seeds: int = Field(3, ge=1, le=100, description="seeds on which they are found")
     seeds: int = Field(5, ge=1, le=1000, description="seeds of schedules and steered runs")
     search_seeds: int = Field(2, ge=1, le=1000, description="seeds of searches")
     runs: float = Field(16, gt=0, description="budget of each method, in whole runs")

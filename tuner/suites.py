@@ -23,7 +23,7 @@ FURTHER = ("tpe-independent", "gp", "cmaes")
 PRUNED = tuple(f"{name}+hyperband" for name in (*SEARCHES, *FURTHER))
 POPULATIONS = ("asha", "pbt")
 FULL_ONLY = ("tpe-independent", "cmaes", *SAME_REACH, *PRUNED, *POPULATIONS)
-QUICK = {"seeds": 2, "search_seeds": 2, "runs": 6.0}  # at most
+QUICK = {"seeds": 2, "search_seeds": 2, "training_seeds": 1, "runs": 6.0}  # at most
 
 
 @dataclass(frozen=True)
