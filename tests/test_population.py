@@ -268,7 +268,9 @@ class TestWithRay:
         stopped = [trial for trial in arena.trials if trial.state == "pruned"]
         kept = [trial for trial in arena.trials if trial.state == "complete"]
         assert len(stopped) > len(arena.trials) / 2 > 3
-        assert all(trial.steps == TASK.interval for trial in stopped[:-1])
+        at_once = [trial for trial in stopped if trial.steps == TASK.interval]
+        assert len(at_once) >= 0.8 * len(stopped), "the first rung stops most"
+        assert all(trial.steps < TASK.steps for trial in stopped)
         first = [[t.curve[0].selection for t in trials] for trials in (stopped, kept)]
         assert statistics.median(first[0]) < min(first[1])
         assert off(max(arena.trials, key=lambda trial: trial.selection).knobs) < 0.3
