@@ -38,8 +38,7 @@ def learn(config: Path, seed: int, out: Path) -> Path:
 def spent(agents: Sequence[PolicyMethod], judged: Path) -> float:
     """Seconds of one core: all agents' training, and the runs that judged them."""
     training = sum(float(agent.policy.manifest.provenance["seconds"]) for agent in agents)
-    found = outcomes(Ledger(judged))
-    return training + sum(trial["seconds"] for each in found for trial in each["trials"])
+    return training + sum(float(outcome["seconds"]) for outcome in outcomes(Ledger(judged)))
 
 
 def main() -> None:

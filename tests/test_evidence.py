@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # scripts, ru
 import evidence as book
 import record
 import verdicts
+from choose import spent
 
 TASKS = ("bbc/tiny-32", "health/tiny-32")
 TUNER = {"name": "steersman", "algorithm": "ppo", "sha256": "a" * 64,
@@ -289,6 +291,16 @@ def test_the_shipped_tuner_is_charged_all_agents_and_the_choice():
     assert book.charged(TUNER) == TUNER
     assert book.charged(shipped)["training"] == {"episodes": 9, "seconds": known["seconds"]}
     assert known["seconds"] > known["agents"] * 180
+
+
+def test_a_choice_costs_all_agents_and_the_runs_that_judged_them(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for number, o in enumerate(several(0.8)[:4]):
+        ledger.plan([(str(number), {"task": {"dataset": o["task"]}})])
+        ledger.commit(str(number), {**o, "seconds": 2.5})
+    known = SimpleNamespace(manifest=SimpleNamespace(provenance={"seconds": 100.0}))
+    agents = [SimpleNamespace(policy=known)] * 3
+    assert spent(agents, tmp_path / "ledger.sqlite") == 310.0
 
 
 def test_the_readme_tells_what_the_figures_say():
