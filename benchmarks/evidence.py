@@ -63,7 +63,8 @@ measured.
   `shuffled` is the policy that sees another run. With four trials, Optuna's samplers but CMA-ES
   still draw at random, and alike.
 - **Break-even** charges all agents that were trained, their lessons and compilation, and the runs
-  that chose one of them.
+  that chose one of them. It is told against searches; `list` and `fixed` need no search either, and
+  against them there is little or nothing to save.
 - **Mean ranks** are over cells; bars join methods that Wilcoxon's signed-rank test, adjusted after
   Holm, does not tell apart. Cells of one job count as independent, which they are only in part.
 """
