@@ -212,9 +212,7 @@ class FineTuneEnv(gymnasium.Env[np.ndarray, Any]):
             ruler = reference_rate(size, optimizer, task.adapter, task.objective)
         drawn = min(max(ruler * 10**exponent, RATE_FLOOR), RATE_CEILING)
         rate = options.get("rate", drawn)
-        knobs = opened(
-            Knobs(rate=rate, optimizer=optimizer, shape=shape), self.actions, task.adapter
-        )
+        knobs = opened(Knobs(rate=rate, optimizer=optimizer, shape=shape), self.actions)
         return task, knobs, int(rng.integers(2**31))
 
     def _relative(self, task: Task) -> Task:

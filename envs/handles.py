@@ -10,7 +10,7 @@ from torch import nn
 from envs.dials import DIALS
 from envs.errors import BadInput
 from envs.head import Lift, head_of, is_new
-from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened, opening
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer, opened
 from envs.parts import Parts
 from envs.purpose import WEIGHED, objective_of
 from envs.shards import sharded
@@ -38,13 +38,13 @@ class Handles:
         self, args: Any, model: nn.Module, optimizer: Any, rate: float, actions: Actions,
         *, trainer: Any = None, decays: list[float] | None = None, kind: str = "",
         scales: list[float] | None = None, clip: float | None = None, beta: float | None = None,
-        depth: int | None = None, headed: bool | None = None, adapter: str = "full",
+        depth: int | None = None, headed: bool | None = None,
         parts: Parts | None = None,
     ) -> None:  # fmt: skip
         """actions: the policy's. decays to depth: the user's, where a checkpoint has others.
 
-        headed: whether there was a new head when the run that is taken up began. adapter: ``lora``
-        or ``full``, for what the actions open a run with. parts: the model's, if somebody has them.
+        headed: whether there was a new head when the run that is taken up began. parts: the
+        model's, if somebody has them.
 
         In several processes layers stay as they are: each waits for the gradients of all.
         """
@@ -99,7 +99,7 @@ class Handles:
         self.opening = self.given.having(
             **{
                 name: DIALS[name].turned(getattr(self.given, name), amount)
-                for name, amount in opening(actions, adapter).items()
+                for name, amount in actions.opens
                 if name in self.dials
             }
         )

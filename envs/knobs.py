@@ -140,7 +140,7 @@ class Actions:
     Discrete: one action per multiplier, then rollback, then one per optimizer to switch to, then
     one per turn of a further knob: ``("weight_decay", 3.0)`` multiplies it, ``("depth", -1)``
     freezes one layer more. What no action names is left alone.
-    A run is opened with ``opens``, turns from where a run without a tuner stands: see `opening`.
+    A run is opened with ``opens``, turns from where a run without a tuner stands.
     Joint: the same steps, but one choice for each knob at once; see `seats`.
     Continuous, in [-1, 1] each: log10 of the multiplier over ``span``; rollback if above 0.5.
     """
@@ -336,19 +336,9 @@ def turn(
     return replace(knobs, rate=rate, optimizer=optimizer).having(**values)
 
 
-def opening(actions: Actions, adapter: str) -> dict[str, float]:
-    """What the actions open a run with, by the dial's name.
-
-    A head is trained whole also where the rate is an adapter's, five times that of all weights:
-    its own rate stays where it was.
-    """
-    return {name: amount / LORA if name == "head_rate" and adapter == "lora" else amount
-            for name, amount in actions.opens}  # fmt: skip
-
-
-def opened(knobs: Knobs, actions: Actions, adapter: str = "full") -> Knobs:
+def opened(knobs: Knobs, actions: Actions) -> Knobs:
     """The knobs to open a run with: it has what these actions turn, set as they open it."""
-    steps = {name: None for name, _ in actions.turns} | opening(actions, adapter)
+    steps = {name: None for name, _ in actions.turns} | dict(actions.opens)
     return knobs.having(
         **{
             name: start if amount is None else DIALS[name].turned(start, amount)

@@ -112,7 +112,6 @@ def test_a_head_at_its_own_rate_is_the_plain_run_bit_for_bit(tiny_task):
 def test_a_run_is_opened_with_what_the_actions_say():
     assert opened(Knobs(), X10) == Knobs(head_rate=10.0)
     assert opened(Knobs(head_rate=3.0), X10) == Knobs(head_rate=3.0)
-    assert opened(Knobs(), X10, "lora") == Knobs(head_rate=2.0)  # LoRA's rate is five times higher
     assert opened(Knobs(), Actions()) == Knobs()
     assert plain(X10)["opens"] == (("head_rate", 10.0),)
     assert "opens" not in plain(Actions())
@@ -288,12 +287,10 @@ def test_a_head_on_an_encoder_that_is_not_trained_is_left_alone():
     assert head_of(model) == []
 
 
-@pytest.mark.parametrize(("amount", "adapter", "opened_with"), [
-    (10.0, "full", 3.0), (10.0, "lora", 2.0), (1e3, "lora", 3.0), (1e-3, "full", 1 / 3),
-])  # fmt: skip
-def test_the_limits_bound_what_a_run_is_opened_with(amount, adapter, opened_with):
+@pytest.mark.parametrize(("amount", "opened_with"), [(10.0, 3.0), (2.0, 2.0), (1e-3, 1 / 3)])
+def test_the_limits_bound_what_a_run_is_opened_with(amount, opened_with):
     actions = Actions(opens=(("head_rate", amount),))
-    knobs = opened(Knobs(), within(actions, CAREFUL, adapter), adapter)
+    knobs = opened(Knobs(), within(actions, CAREFUL))
     assert knobs.head_rate == pytest.approx(opened_with)
 
 

@@ -193,9 +193,8 @@ class TunerCallback(TrainerCallback, ExportableState):
             model,
             optimizer,
             start,
-            within(manifest.actions, self._limits, found["adapter"]),
+            within(manifest.actions, self._limits),
             trainer=self._trainer,
-            adapter=found["adapter"],
             **users,
         )
         self._hooks.callback(self._handles.close)

@@ -79,7 +79,7 @@ class PolicyMethod:
 def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
     """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
     limits, actions, task = limits_of(mode), policy.manifest.actions, arena.task
-    knobs = opened(Knobs(rate=start), within(actions, limits, task.adapter), task.adapter)
+    knobs = opened(Knobs(rate=start), within(actions, limits))
     job = arena.open(knobs)
     knobs = knobs.having(head_rate=job.knobs.head_rate)  # a model without a new head has none
     best, curve, state = Best(), list[Point](), "complete"

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from envs.dials import DIALS, Turn, label
 from envs.env import BLOWN, EXPLORE
 from envs.errors import UnknownName
-from envs.knobs import KEEP, LORA, ROLLBACK_FACTOR, Actions, Decision, Knobs, Optimizer, turn
+from envs.knobs import KEEP, ROLLBACK_FACTOR, Actions, Decision, Knobs, Optimizer, turn
 from envs.progress import Context, Progress
 
 Mode = Literal["careful", "explore"]
@@ -69,13 +69,9 @@ def limits_of(mode: str) -> Limits:
     return LIMITS[mode]
 
 
-def within(actions: Actions, limits: Limits, adapter: str) -> Actions:
-    """The actions with what they open a run with held to the limits.
-
-    They are given for all weights, and with an adapter a fifth of them is meant: see
-    `envs.knobs.opening`.
-    """
-    most = limits.opens * (LORA if adapter == "lora" else 1)
+def within(actions: Actions, limits: Limits) -> Actions:
+    """The actions with what they open a run with held to the limits."""
+    most = limits.opens
     held = ((name, min(max(amount, 1 / most), most)) for name, amount in actions.opens)
     return replace(actions, opens=tuple(each for each in held if each[1] != 1))
 
