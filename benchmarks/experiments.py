@@ -46,6 +46,7 @@ BASE: dict[str, Any] = {
     "compile": True,
 }
 CHOOSING, RELATIVES, JOB_SEEDS = ("nyt", "nyt/tiny-64"), 3, range(4)
+WIDER = tuple(f"{name}/tiny-64" for name in TRAINED)
 STARTS = 2.0  # runs of a budget: one, and what its validation costs
 
 
@@ -69,6 +70,14 @@ QUESTIONS: Mapping[str, Question] = {
     "surrogate": Question(
         "How much of the time should go to simulated runs?",
         {"none": {"surrogate": 0.0}, "two fifths": {"surrogate": 0.4}},
+    ),
+    "curriculum": Question(
+        "When should a wider encoder come?",
+        {"at last": {"larger": WIDER, "last": 0.2}, "all along": {"tasks": (*TRAINED, *WIDER)}},
+    ),
+    "instances": Question(
+        "Which jobs should it learn from?",
+        {"two corpora": {"tasks": ("trec6", "movie")}, "no relatives": {"vary": False}},
     ),
 }
 
