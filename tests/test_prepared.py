@@ -4,13 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
+from test_adapter_scale import stub
 from test_cli import policy_file, run  # noqa: F401  (fixtures)
 from test_objectives import PAIR, decoder, made_up, task_of, written  # noqa: F401  (likewise)
 
 from envs import objectives
+from envs.errors import BadInput
 from envs.knobs import Knobs
 from envs.observe import FEATURES
 from envs.task import OBJECTIVE_TASKS, Task
+from tuner.apply import steer_trainer
 from tuner.folder import _steered
 from tuner.settings import ApplyConfig
 
@@ -60,12 +64,56 @@ def test_a_preference_job_is_steered_and_judged(
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
-def test_trials_of_another_objective_are_refused(run, policy_file, tmp_path):  # noqa: F811
-    words = ("--task", "dpo", "--trials", "3", "--out", tmp_path / "out")
-    code, _, err = run("apply", policy_file, *words)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "apply: trials: 3 for dpo" in err
-    assert not (tmp_path / "out").exists()
+def test_the_best_weights_of_several_runs_are_kept(
+    run, task_of, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    task, read = enough(task_of, "dpo"), []
+    monkeypatch.setitem(OBJECTIVE_TASKS, "dpo", task)
+    real = objectives.prepare
+
+    def prepare(*words):
+        setup = real(*words)
+
+        def score(trainer, split):
+            read.append(split)
+            return setup.score(trainer, split)
+
+        return replace(setup, score=score)
+
+    monkeypatch.setattr(objectives, "prepare", prepare)
+    command = ("apply", "default", "--task", "dpo", *FEW)
+    code, out, err = run(*command, "--trials", "2", "--out", tmp_path / "best")
+    assert code == 0, err
+    assert out.count("selection pairs in the right order") == 2
+    assert read.count("test") == 1  # of the one chosen
+    (folder,) = (tmp_path / "best" / "steered").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    trials = summary["trials"]
+    chosen = trials[summary["chosen"] - 1]
+    assert chosen["selection"] == max(trial["selection"] for trial in trials)
+    assert trials[1]["start_rate"] == trials[0]["end_rate"]
+    assert run(*command, "--trials", "2", "--out", tmp_path / "best")[0] == 0  # done before
+    # What is kept is the checkpoint that was judged best, and test is that model's.
+    setup = real(replace(task, interval=1), 0, Knobs())
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert not setup.trainer.model.load_state_dict(weights, strict=False).unexpected_keys
+    kept = setup.score(setup.trainer, "selection")
+    assert kept.metric == pytest.approx(chosen["selection"])
+    assert kept.loss == pytest.approx(chosen["selection_loss"], rel=1e-5)
+    assert setup.score(setup.trainer, "test").metric == summary["final"]["test"]
+    # To be judged on the way changes nothing of a run.
+    assert run(*command, "--out", tmp_path / "plain")[0] == 0
+    (plain,) = (tmp_path / "plain" / "steered").iterdir()
+    for name in ("curve.jsonl", "audit.jsonl"):
+        assert (folder / "trial-1" / name).read_text() == (plain / name).read_text()
+
+
+def test_weights_kept_on_the_way_know_nothing_of_a_scaling(tmp_path):
+    policy = stub("keep")
+    config = ApplyConfig(task="bbc/tiny-32", adapter="lora", trials=2)
+    with pytest.raises(BadInput, match="trials: 2 with a policy that turns LoRA's scaling"):
+        steer_trainer(policy, config, tmp_path, lambda *_: None)
+    assert not list(tmp_path.iterdir())
 
 
 RATED = {"text": "a", "scores": [5]}
@@ -87,7 +135,6 @@ LONG = [
         ([PAIR] * 9, "--objective dpo", "no rows are left for this split; give more"),
         ([PAIR], "--objective dpi", "--objective: no value 'dpi'. Did you mean 'dpo'?"),
         ([PAIR], "--objective own", "--objective: no value 'own'."),
-        ([PAIR], "--objective dpo --trials 3", "apply: trials: 3 for dpo"),
         ([PAIR], "--objective dpo --text review", "apply: text: 'review' for dpo, whose fields"),
         ([PAIR], "--objective dpo --model tiny-33", "Did you mean 'tiny-32'?"),
         ([PAIR], "--objective dpo --task kto", "apply: objective: dpo for kto, which is for kto"),

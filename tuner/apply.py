@@ -1,6 +1,7 @@
 """A task fine-tuned by transformers' Trainer with a policy at the tiller."""
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -124,6 +125,12 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
         size = workload.parameters(task.model)
         rate = reference_rate(size, "adamw", task.adapter, task.objective)
     knobs = Knobs(rate=rate, shape=config.schedule)
+    scaled = any(name == "adapter_scale" for name, _ in policy.manifest.actions.turns)
+    if scaled and config.trials > 1 and task.adapter == "lora":
+        raise BadInput(
+            f"apply: trials: {config.trials} with a policy that turns LoRA's scaling, of which "
+            "weights kept on the way know nothing; leave it out"
+        )
     parts = [Path(part).stem for part in (task.dataset, task.model)] + [str(config.seed)]
     if task.objective != "classification":  # one dataset serves several
         parts.insert(0, task.objective)
@@ -186,7 +193,8 @@ def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, A
         words = f"trial {number} of {job.config.trials}"
         trial = _trial(job, replace(knobs, rate=start), folder / f"trial-{number}", policy, words)
         trials.append({"trial": number, "start_rate": start} | trial)
-        ended.append(Ended(trial["selection"], trial["end_rate"]))
+        score = trial["selection"]  # None of a run that diverged at once
+        ended.append(Ended(-math.inf if score is None else score, trial["end_rate"]))
     chosen = best_run(ended)
     origin = folder / f"trial-{chosen + 1}"
     with full_disk(folder):
@@ -194,8 +202,6 @@ def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, A
     for name in ("audit.jsonl", "curve.jsonl"):
         if (origin / name).is_file():
             write_atomic(folder / name, (origin / name).read_bytes())
-    module = read_model(job.load.module(job.config.seed), folder / "model")
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
     start_losses = [trial.pop("start") for trial in trials]
     return {
         "trials": trials,
@@ -203,10 +209,19 @@ def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, A
         "start": start_losses[chosen],
         "final": {
             "validation_loss": trials[chosen]["validation_loss"],
-            "test": judge(module, job.load.rows["test"]).metric,
+            **_tested(job, knobs, origin),
         },
         "seconds": round(sum(trial["seconds"] for trial in trials), 1),
     }
+
+
+def _tested(job: Bench, knobs: Knobs, folder: Path) -> dict[str, Any]:
+    """What the model of a trial is worth on test."""
+    if job.task.objective != "classification":
+        return prepared.judge(job.task, job.config, knobs, folder)
+    module = read_model(job.load.module(job.config.seed), folder / "model")
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    return {"test": judge(module, job.load.rows["test"]).metric}
 
 
 def _trial(job: Bench, knobs: Knobs, folder: Path, policy: Policy, words: str) -> dict[str, Any]:
@@ -214,7 +229,7 @@ def _trial(job: Bench, knobs: Knobs, folder: Path, policy: Policy, words: str) -
 
     def make() -> dict[str, Any]:
         run = _steered(job, knobs, folder, policy, words, judged=True)
-        best = run["best"] or {"step": 0, "selection": 0.0, "selection_loss": None}
+        best = run["best"] or {"step": 0, "selection": None, "selection_loss": None}
         return {
             "end_rate": _peak(folder / "audit.jsonl", best["step"], knobs.rate),
             **best,
@@ -258,7 +273,7 @@ def _run(
     """
     if job.task.objective != "classification":
         watch = Watch(job.tick, words)
-        return prepared.run(job.task, job.config, knobs, folder, policy, watch)
+        return prepared.run(job.task, job.config, knobs, folder, policy, watch, judged)
     began = time.perf_counter()
     task, config, rows = job.task, job.config, job.load.rows
     arguments = TrainingArguments(

@@ -144,13 +144,15 @@ def apply(
     with mirrored(out, mlflow), progress("steer") as tick:
         summary = steer_trainer(loaded, config, out, tick)
         save_config(out, "apply", config)
+    metric = summary.get("metric", "accuracy")
     for trial in summary.get("trials", ()):
+        score = trial["selection"]
+        said = "diverged" if score is None else f"selection {metric} {score:.3f}"
         console.print(
-            f"trial {trial['trial']:<3}  selection accuracy {trial['selection']:.3f}, rate "
+            f"trial {trial['trial']:<3}  {said}, rate "
             f"{trial['start_rate']:.2g} -> {trial['end_rate']:.2g}"
             + (", chosen" if trial["trial"] == summary["chosen"] else "")
         )
-    metric = summary.get("metric", "accuracy")
     for name, run in (("steered", summary), ("unsteered", summary.get("keep"))):
         if run:
             console.print(

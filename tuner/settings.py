@@ -48,11 +48,6 @@ class ApplyConfig(BaseModel):
             if (value := getattr(self, name)) is not None
         }
         base = self._base()
-        if base.objective != "classification" and self.trials > 1:
-            raise BadInput(
-                f"apply: trials: {self.trials} for {base.objective}; they are chosen from by "
-                "accuracy, so only for classification; leave it out"
-            )
         if self.steps is not None:
             changes["interval"] = max(1, self.steps // 10)
         return find(base, **changes)
