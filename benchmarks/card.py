@@ -30,8 +30,8 @@ LIMITS = """## Limits
 - It has been trained on short English texts and small encoders alone. What it does elsewhere rests
   on features that are relative: losses as ratios, the rate in decades from a rule of thumb for the
   model's size. That rule was made for encoders that are fine-tuned with AdamW.
-- It gives a classifier's new head ten times the rate from the first update on, and turns the rate of
-  all weights; optimizers other than AdamW it has not seen.
+- It gives a classifier's new head ten times the rate from the first update on, and turns the rate
+  of all weights; optimizers other than AdamW it has not seen.
 - In mode `careful` the head gets three times the rate at most, the tuner acts only where it
   clearly prefers to, and stays within 0.1 to 3 times of the user's schedule; in runs of another
   objective than classification it leaves a rate near the rule of thumb alone; out of the envelope

@@ -2,9 +2,10 @@
 
     python benchmarks/evidence.py --run runs/benchmark
 
-The outcomes become results/evidence.json, and the page and the README's table are made of that
-file alone; without ``--run`` they are made anew. A suite that the outcomes lack stays as it was
-there, or is called "not measured".
+The outcomes of a run are kept in results/outcomes.jsonl.gz (`raw`), their figures in
+results/evidence.json, and the page and the README's table are made of that file alone. Without
+``--run`` they are made anew; with ``--again`` the figures too, of the outcomes that are kept. A
+suite that a run lacks stays as it was, or is called "not measured".
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import raw
 from page import DOCS, table
 from record import RESULTS, record
 from verdicts import UNKNOWN, Suite, jobs_in_words, losses, rows
@@ -127,15 +129,11 @@ def summed_up(readme: str, suites: Mapping[str, Suite]) -> str:
     return f"{head}{MARKS[0]}\n{table_now}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 
-def gather(run: Path) -> dict[str, Suite]:
-    """The figures of every finished suite of a benchmark's folder."""
-    found = {}
-    for name, suite in finished(run, SUITES).items():
-        outcomes = suite.pop("outcomes")
-        policies = [charged(each) for each in suite["policies"]]
-        figures = {"figures": measure(outcomes, policies), "policies": policies}
-        found[name] = suite | figures
-    return found
+def measured(suite: raw.Raw) -> dict[str, Any]:
+    """A suite with its figures in place of its outcomes."""
+    about = {k: v for k, v in suite.items() if k != "outcomes"}
+    policies = [charged(each) for each in suite["policies"]]
+    return {**about, "figures": measure(suite["outcomes"], policies), "policies": policies}
 
 
 def charged(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,13 +339,18 @@ def main() -> None:
     """Write the figures, if a run is given, and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="folder of `steersman benchmark`")
+    parser.add_argument("--again", action="store_true", help="measure all outcomes that are kept")
     arguments = parser.parse_args()
-    path = RESULTS / "evidence.json"
+    path, kept = RESULTS / "evidence.json", RESULTS / "outcomes.jsonl.gz"
     known = json.loads(path.read_text())["suites"] if path.exists() else {}
-    if arguments.run:
-        if not arguments.run.is_dir():
+    if arguments.run or arguments.again:
+        if arguments.run and not arguments.run.is_dir():
             parser.error(f"{arguments.run}: no such folder; give the --out of the benchmark")
-        fresh = gather(arguments.run)
+        new = finished(arguments.run, SUITES) if arguments.run else {}
+        every = raw.load(kept) | new
+        raw.save(kept, {name: every[name] for name in SUITES if name in every})
+        told = raw.load(kept)
+        fresh = {n: measured(suite) for n, suite in told.items() if arguments.again or n in new}
         suites = {name: fresh.get(name, known.get(name)) for name in SUITES}
         suites = {name: suite for name, suite in suites.items() if suite is not None}
         seeds = {name: suite["figures"]["seeds"] for name, suite in suites.items()}

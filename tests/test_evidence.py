@@ -14,11 +14,13 @@ from test_report import outcome, trial
 from baselines import report, stats
 from baselines.evidence import measure
 from baselines.ledger import Ledger
+from tuner.benchmark import finished
 from tuner.suites import PLAN, SUITES
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # scripts, run from their folder
 
 import evidence as book
+import raw
 import record
 import verdicts
 from choose import spent
@@ -54,7 +56,7 @@ def several(test, size=32):
 
 
 def suite(outcomes, policies=(TUNER,), scale="full", name="datasets"):
-    """As `gather` makes it of a ledger, through JSON and back."""
+    """As `measured` makes it of a ledger, through JSON and back."""
     about = {"plan": PLAN, "scale": scale, "purpose": "Why.", "policies": list(policies),
              "config": SUITES[name].config(scale).model_dump(mode="json")}  # fmt: skip
     whole = report.finite(about | {"figures": measure(outcomes, policies)})
@@ -247,7 +249,6 @@ def test_holm_multiplies_by_the_hypotheses_that_are_left():
 
 
 def test_a_page_of_nothing_says_not_measured_everywhere(tmp_path):
-    assert book.gather(tmp_path) == {}
     text = book.page({}, tmp_path)
     verdict = text.split("## Verdict")[1].split("\n## ")[0].strip().splitlines()[2:]
     assert len(verdict) == len(verdicts.BARS)
@@ -316,13 +317,11 @@ def test_outcomes_of_a_ledger_become_the_json_and_the_page(tmp_path, monkeypatch
     for number, o in enumerate(cells):
         ledger.plan([(str(number), {"task": {"dataset": o["task"]}})])
         ledger.commit(str(number), o)
-    assert book.gather(tmp_path) == {}, "unfinished"
+    assert finished(tmp_path, SUITES) == {}, "unfinished"
     about = {"plan": PLAN, "scale": "full", "purpose": "Why.", "policies": [TUNER],
              "config": SUITES["careful"].full.model_dump(mode="json")}  # fmt: skip
     ledger.set_meta("suite", about)
     ledger.set_meta("cells of the latest comparison", json.dumps([str(n) for n in range(20)]))
-    found = book.gather(tmp_path)
-    assert found["careful"]["figures"]["judged"]["steersman"]["harm"]["of"] == 10
     monkeypatch.setattr(book, "DOCS", tmp_path)
     monkeypatch.setattr(book, "README", tmp_path / "README.md")
     book.README.write_text(f"Above.\n{book.MARKS[0]}\nold\n{book.MARKS[1]}\nBelow.\n")
@@ -347,6 +346,14 @@ def test_outcomes_of_a_ledger_become_the_json_and_the_page(tmp_path, monkeypatch
     book.main()
     assert (tmp_path / "evidence.md").read_text() == text
     assert book.README.read_text() == told
+    (tmp_path / "evidence.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--again"])  # all of it, from the raw outcomes
+    book.main()
+    assert (tmp_path / "evidence.md").read_text() == text
+    assert json.loads((tmp_path / "evidence.json").read_text())["suites"] == known["suites"]
+    kept = raw.load(tmp_path / "outcomes.jsonl.gz")["careful"]["outcomes"]
+    assert [o["trials"][0]["test"] for o in kept] == [o["trials"][0]["test"] for o in cells]
+    assert not any("curve" in each for o in kept for each in o["trials"])
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--run", str(tmp_path / "absent")])
     with pytest.raises(SystemExit):
         book.main()
