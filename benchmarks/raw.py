@@ -1,8 +1,9 @@
 """Raw outcomes of the benchmark's suites, a cell a line, in results/outcomes.jsonl.gz.
 
 Each line is ``{"suite": NAME, "about": ...}`` or ``{"suite": NAME, "outcome": ...}``. An outcome
-has the scores, the knobs and the charges of every trial of a method in a cell, and the sha256 of
-the code and the data that made it. Left out is what no figure is made of: curves within a trial.
+has the scores, the knobs and the charges of every trial of a method in a cell, and what the cell
+was: task, seed, start, and the sha256 of the code and the data. Left out is what no figure is made
+of: curves within a trial.
 """
 
 import gzip
@@ -17,10 +18,9 @@ Raw = Mapping[str, Any]  # a suite's description, and its ``outcomes``
 
 
 def slim(outcome: Raw) -> dict[str, Any]:
-    """An outcome without its curves and what its cell repeats."""
-    cell = {name: outcome["cell"][name] for name in ("code", "data") if name in outcome["cell"]}
+    """An outcome without the curves of its trials."""
     trials = [{k: v for k, v in trial.items() if k != "curve"} for trial in outcome["trials"]]
-    return {**outcome, "cell": cell, "trials": trials}
+    return {**outcome, "trials": trials}
 
 
 def save(path: Path, suites: Mapping[str, Raw]) -> None:
