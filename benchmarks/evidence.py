@@ -32,9 +32,10 @@ from tuner.suites import PLAN, SUITES
 HEAD = """# Evidence
 
 What a trained tuner is worth on jobs it has never seen. `steersman benchmark POLICY` runs the plan,
-`python benchmarks/evidence.py --run runs/benchmark` makes `benchmarks/results/evidence.json` of the
-raw outcomes, and this page of that file alone. A suite that has not been run to its end is not
-measured.
+`python benchmarks/evidence.py --run runs/benchmark` keeps the raw outcomes in
+`benchmarks/results/outcomes.jsonl.gz`, makes `evidence.json` of them and this page of that file
+alone; `--again` makes all of it from the outcomes that are kept. A suite that has not been run to
+its end is not measured.
 
 - A method's result in a cell (a job and a seed) is the test accuracy of its selection-best trial,
   or the metric of another objective (`docs/objectives.md`; of likelihoods, one over perplexity).
