@@ -98,7 +98,7 @@ def test_a_contestant_may_switch_the_optimizer():
     assert jobs[0].knobs.optimizer == "sgd"
 
 
-def test_later_runs_start_where_the_best_ended():
+def test_later_runs_start_near_where_the_best_ended():
     task = Task("trec6", steps=20, interval=2)
     starts = []
 
@@ -109,8 +109,8 @@ def test_later_runs_start_where_the_best_ended():
     arena = Arena(task, 0, 1e-4, 9, opened)
     PolicyMethod(Scripted([5] + [3] * 29), runs=3).run(arena)
     assert starts[0] == 1e-4
-    assert starts[1] == pytest.approx(3e-4)
-    assert 10**-0.3 <= starts[2] / 3e-4 <= 10**0.3
+    assert len({*starts, 3e-4}) == 4
+    assert all(10**-0.3 <= start / 3e-4 <= 10**0.3 for start in starts[1:])
 
 
 def test_a_comparison_end_to_end(tiny_task, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_the_best_weights_of_several_runs_are_kept(
     trials = summary["trials"]
     chosen = trials[summary["chosen"] - 1]
     assert chosen["selection"] == max(trial["selection"] for trial in trials)
-    assert trials[1]["start_rate"] == trials[0]["end_rate"]
+    assert trials[1]["start_rate"] != trials[0]["start_rate"]
     assert run(*command, "--trials", "2", "--out", tmp_path / "best")[0] == 0  # done before
     # What is kept is the checkpoint that was judged best, and test is that model's.
     setup = real(replace(task, interval=1), 0, Knobs())

@@ -54,12 +54,15 @@ def lasting(summary):
     return kept | {"trials": trials}
 
 
-def test_the_second_starts_where_the_best_ended_and_the_others_near_it():
+def test_each_further_run_starts_near_where_the_best_ended_but_not_there():
     one, two, three = Ended(0.5, 1e-3), Ended(0.7, 4e-3), Ended(0.7, 9.0)
-    assert next_start([one], seed=0) == 1e-3
+    second = next_start([one], seed=0)
+    assert 10**-0.3 <= second / 1e-3 <= 10**0.3
+    assert second != 1e-3
     third = next_start([one, two], seed=0)
     assert 10**-0.3 <= third / 4e-3 <= 10**0.3
     assert third == next_start([one, two], seed=0) != next_start([one, two], seed=1)
+    assert third / 4e-3 != pytest.approx(second / 1e-3)
     assert next_start([one, two, three], seed=0) / 4e-3 != pytest.approx(third / 4e-3)
     assert best_run([one, two, three]) == 1  # the first of equals
     assert max(next_start([three] * n, 0) for n in range(2, 9)) == RATE_CEILING
@@ -82,7 +85,8 @@ def test_one_trial_is_what_it_was_and_the_first_of_several_is_the_same_run(apply
         assert lines(several / "trial-1" / name) == lines(single / name)
     first, second = summary["trials"]
     assert first["start_rate"] == summary["start_rate"] == 1e-3
-    assert second["start_rate"] == first["end_rate"]
+    assert 10**-0.3 <= second["start_rate"] / first["end_rate"] <= 10**0.3
+    assert second["start_rate"] not in (first["start_rate"], first["end_rate"])
     chosen = several / f"trial-{summary['chosen']}"
     assert (several / "audit.jsonl").read_bytes() == (chosen / "audit.jsonl").read_bytes()
     model, best = (
@@ -148,8 +152,8 @@ def test_the_choice_is_by_selection_and_test_is_read_once(apply, config, monkeyp
     assert summary["chosen"] == 2
     assert summary["final"]["validation_loss"] == 0.7
     assert [len(rows) for rows in read] == [len(workload.load(job.job()).rows["test"])]
-    assert starts[:2] == [1e-3, 2e-3]
-    assert starts[2] == next_start([Ended(0.5, 2e-3), Ended(0.8, 4e-3)], job.seed)
+    assert starts[:2] == [1e-3, next_start([Ended(0.5, 2e-3)], job.seed)]
+    assert starts[2] == next_start([Ended(0.5, 2e-3), Ended(0.8, 2 * starts[1])], job.seed)
     head = {name: load_file(root / "model" / "model.safetensors")["head.bias"]
             for name, root in (("chosen", folder), ("second", folder / "trial-2"))}  # fmt: skip
     assert head["chosen"].equal(head["second"])

@@ -23,12 +23,11 @@ def best_run(ended: Sequence[Ended]) -> int:
 
 
 def next_start(ended: Sequence[Ended], seed: int) -> float:
-    """The starting rate of the run after those: the best one's, from the third run on spread.
+    """The starting rate of the run after those: within `SPREAD` decades of the best one's rate.
 
-    The second run starts at the rate that the first ended with; each further one within `SPREAD`
-    decades of the best run's, drawn from the seed and the number of runs alone, so that a search
-    that goes on later draws the same.
+    Drawn from the seed and the number of runs alone, so that a search that goes on later draws the
+    same. Not that rate itself: a policy that goes there before the first update has been there.
     """
-    decades = np.random.default_rng([seed, 1]).uniform(-SPREAD, SPREAD, max(0, len(ended) - 1))
-    rate = ended[best_run(ended)].rate * 10 ** (float(decades[-1]) if len(decades) else 0.0)
+    decades = np.random.default_rng([seed, 1]).uniform(-SPREAD, SPREAD, len(ended))
+    rate = ended[best_run(ended)].rate * 10 ** float(decades[-1])
     return min(max(rate, RATE_FLOOR), RATE_CEILING)
