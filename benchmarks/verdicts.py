@@ -75,6 +75,25 @@ def worth(
     return read
 
 
+def agents(search: str, least: float, algorithm: str) -> Read:
+    """The same of agents that differ in their seed alone: the median agent's, and all of them."""
+
+    def read(suite: Suite) -> Reading | None:
+        names = [p["name"] for p in suite["policies"] if p["algorithm"] == algorithm]
+        found = [
+            suite["figures"]["judged"].get(n, {"match": {}})["match"].get(search) for n in names
+        ]
+        medians = sorted((m["median"] for m in found if m), key=lambda median: median["point"])
+        if len(medians) < 2:
+            return None
+        middle = medians[(len(medians) - 1) // 2]  # the lower one of two
+        told = ", ".join(trials(median).split(" (")[0] for median in medians)
+        shown = f"{trials(middle)}; all: {told}"
+        return Reading(shown, reaches(middle["point"], middle["n_max"], least))
+
+    return read
+
+
 def reaches(number: float, most: float, bar: float) -> bool | None:
     """Whether a number of trials reaches a bar; None if it is only known to be over ``most``."""
     if math.isfinite(number):
@@ -223,6 +242,10 @@ BARS = (
     Bar("Q-learning: trials of TPE that one steered run is worth", "at least 4", "datasets",
         worth("tpe", 4, algorithm="q-learning")),
     Bar("SARSA: the same", "at least 4", "datasets", worth("tpe", 4, algorithm="sarsa")),
+    Bar("five agents of PPO: trials of TPE that a run of the median one is worth", "at least 16", "agents",
+        agents("tpe", 16, "ppo")),
+    Bar("five agents of Q-learning: the same", "at least 4", "agents", agents("tpe", 4, "q-learning")),
+    Bar("five agents of SARSA: the same", "at least 4", "agents", agents("tpe", 4, "sarsa")),
     Bar("every other objective, from a rate a decade off: better than the user's own schedule",
         "at least 80 % in each", "objectives", everywhere(0.8)),
     Bar("a tuner of all objectives: trials of TPE that one steered run is worth", "at least 8",

@@ -90,7 +90,14 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 "agents",
                 "The same jobs, for agents that differ in their seed alone: what a claim about "
                 "one of them is worth.",
-                _compare(tasks=_TINY, methods=("keep", "fixed"), seeds=5, search_seeds=5, runs=2),
+                _compare(
+                    tasks=_TINY,
+                    methods=("keep", "fixed", "tpe"),
+                    seeds=5,
+                    search_seeds=5,
+                    runs=32,
+                    compile=True,
+                ),
             ),
             Suite(
                 "searchers",
