@@ -132,6 +132,20 @@ def test_policies_are_told_apart_by_their_algorithm():
     assert set(both["figures"]["judged"]["sarsa"]["match"]) == {"tpe"}
 
 
+def test_of_several_agents_the_median_one_is_told_and_all_of_them():
+    agents = [TUNER | {"name": f"sarsa {n}", "algorithm": "sarsa"} for n in range(3)]
+    found = [o for o in several(0.8) if o["method"] in ("keep", "tpe")]
+    for agent, test in zip(agents, (0.505, 0.77, 0.9), strict=True):
+        found += [outcome(agent["name"], task, seed, [trial(test)], steered=True)
+                  for task in TASKS for seed in range(5)]  # fmt: skip
+    told = verdict_of("five agents of SARSA", agents=suite(found, agents, name="agents"))
+    # The best of n of 32 evenly spaced trials is expected at 33 n / (n + 1) of them: 28 at n = 6.
+    assert told == "6 (6 to 6); all: 1, 6, > 32"
+    found = [o for o in found if o["method"] not in ("sarsa 1", "sarsa 2")]
+    one = suite(found, agents[:1], name="agents")
+    assert verdict_of("five agents of SARSA", agents=one) == "not measured"
+
+
 def test_harm_and_divergence_are_counted():
     """Of twenty cells one is 0.69 against 0.70 (1.4 % worse), one 0.695 (0.7 %), one diverged."""
     tests = [0.72] * 17 + [0.69, 0.695, 0.72]
