@@ -76,19 +76,19 @@ def worth(
 
 
 def agents(search: str, least: float, algorithm: str) -> Read:
-    """The same of agents that differ in their seed alone: the median agent's, and all of them."""
+    """The same of several agents of a kind, one a training seed: the median one, and all."""
 
     def read(suite: Suite) -> Reading | None:
+        told = suite["figures"]["judged"]
         names = [p["name"] for p in suite["policies"] if p["algorithm"] == algorithm]
-        found = [
-            suite["figures"]["judged"].get(n, {"match": {}})["match"].get(search) for n in names
-        ]
-        medians = sorted((m["median"] for m in found if m), key=lambda median: median["point"])
+        found = [told[name]["match"].get(search) for name in names if name in told]
+        medians = [match["median"] for match in found if match and match["median"]["n_max"]]
         if len(medians) < 2:
             return None
+        medians.sort(key=lambda median: median["point"])
         middle = medians[(len(medians) - 1) // 2]  # the lower one of two
-        told = ", ".join(trials(median).split(" (")[0] for median in medians)
-        shown = f"{trials(middle)}; all: {told}"
+        each = ", ".join(trials(median).split(" (")[0] for median in medians)
+        shown = f"{trials(middle)}; all {len(medians)}: {each}"
         return Reading(shown, reaches(middle["point"], middle["n_max"], least))
 
     return read

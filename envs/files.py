@@ -2,7 +2,11 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from envs.errors import RunFailed
 
@@ -42,3 +46,15 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """A disk that refuses a checkpoint is a failure at run time, in one line."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError, OSError) as error:
+        if "space" in str(error).lower() or "write" in str(error).lower():
+            reason = str(error).splitlines()[0][:200]
+            raise RunFailed(f"{folder}: a checkpoint cannot be written: {reason}") from error
+        raise

@@ -19,7 +19,7 @@ from envs.handles import Handles, beta_of, kind_of
 from envs.head import Lift, head_of, is_new
 from envs.instruments import Eyes, Rates, describe, listen
 from envs.job import Score, finite, spread
-from envs.knobs import LORA, OPTIMIZERS, Actions, Knobs, Optimizer
+from envs.knobs import OPTIMIZERS, Actions, Knobs, Optimizer
 from envs.parts import Parts
 from envs.progress import Context, Progress
 from envs.purpose import objective_of
@@ -82,7 +82,7 @@ class TrainerJob:
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
         own = task.objective == "own"
         objective = objective_of(trainer.args, self._model) if own else task.objective
-        head = self._head_rate(self._knobs.head_rate, optimizer, found["adapter"])
+        head = self._head_rate(self._knobs.head_rate, optimizer)
         self._parts = Parts(self._model)
         self._knobs = self._fit(self._knobs, Knobs()).having(head_rate=head)
         self._scale()
@@ -148,15 +148,14 @@ class TrainerJob:
             finite=finite(self._parameters),
         )
 
-    def _head_rate(self, times: float | None, optimizer: Any, adapter: str) -> float | None:
+    def _head_rate(self, times: float | None, optimizer: Any) -> float | None:
         """What the head's rate is opened with: of a new one, where all weights have one rate."""
         head = head_of(self._model)
         if times is None or not is_new(self._model, head):
             return None
         if optimizer is not None and not Lift(head, optimizer).able:
             return None
-        unknown = adapter == "lora" != self.task.adapter  # a factory's model: the task knew nothing
-        return times / LORA if unknown else times
+        return times
 
     def _fit(self, knobs: Knobs, now: Knobs) -> Knobs:
         """The layers and the scale that this run can have; one layer at least, as in a callback."""

@@ -141,8 +141,7 @@ was given one above 0 has it.
 A policy turns the knobs it was trained to turn. The one that is shipped, `default`, turns the rate
 {envelope()}, and leaves the schedule as it is. From the first
 update on the new head of a classifier gets ten times the rate in mode explore, three times in mode
-careful, and twice with LoRA. Mode careful leaves a rate near the rule of thumb alone in runs of
-other objectives.
+careful. Mode careful leaves a rate near the rule of thumb alone in runs of other objectives.
 
 ## Engines
 

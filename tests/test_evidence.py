@@ -140,7 +140,7 @@ def test_of_several_agents_the_median_one_is_told_and_all_of_them():
                   for task in TASKS for seed in range(5)]  # fmt: skip
     told = verdict_of("five agents of SARSA", agents=suite(found, agents, name="agents"))
     # The best of n of 32 evenly spaced trials is expected at 33 n / (n + 1) of them: 28 at n = 6.
-    assert re.fullmatch(r"6 \(5 to \d\); all: 1, 6, > 32", told), told
+    assert re.fullmatch(r"6 \(5 to \d\); all 3: 1, 6, > 32", told), told
     found = [o for o in found if o["method"] not in ("sarsa 1", "sarsa 2")]
     one = suite(found, agents[:1], name="agents")
     assert verdict_of("five agents of SARSA", agents=one) == "not measured"

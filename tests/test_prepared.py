@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_adapter_scale import stub
 from test_cli import policy_file, run  # noqa: F401  (fixtures)
 from test_objectives import PAIR, decoder, made_up, task_of, written  # noqa: F401  (likewise)
+from transformers import Trainer
 
 from envs import objectives
 from envs.errors import BadInput
@@ -93,6 +95,7 @@ def test_the_best_weights_of_several_runs_are_kept(
     assert chosen["selection"] == max(trial["selection"] for trial in trials)
     assert trials[1]["start_rate"] != trials[0]["start_rate"]
     assert run(*command, "--trials", "2", "--out", tmp_path / "best")[0] == 0  # done before
+    assert not list(folder.glob("trial-*/*.safetensors")), "kept twice"
     # What is kept is the checkpoint that was judged best, and test is that model's.
     setup = real(replace(task, interval=1), 0, Knobs())
     weights = load_file(folder / "model" / "model.safetensors")
@@ -106,6 +109,25 @@ def test_the_best_weights_of_several_runs_are_kept(
     (plain,) = (tmp_path / "plain" / "steered").iterdir()
     for name in ("curve.jsonl", "audit.jsonl"):
         assert (folder / "trial-1" / name).read_text() == (plain / name).read_text()
+
+
+def test_a_disk_that_is_full_is_told_in_one_line_and_the_trial_is_made_again(
+    run, task_of, monkeypatch, tmp_path  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setitem(OBJECTIVE_TASKS, "dpo", enough(task_of, "dpo"))
+    command = ("apply", "default", "--task", "dpo", *FEW, "--trials", "2", "--out", tmp_path)
+
+    def full(trainer, folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as now:
+        now.setattr(Trainer, "save_model", full)
+        code, _, err = run(*command)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "trial-1: a checkpoint cannot be written: I/O error: No space left" in err
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert out.count("selection pairs in the right order") == 2
 
 
 def test_weights_kept_on_the_way_know_nothing_of_a_scaling(tmp_path):

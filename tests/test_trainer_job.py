@@ -339,6 +339,13 @@ def test_an_adapter_is_scaled_and_comes_back_with_its_scale(factory):
     assert opened(factory, kind=adapted).knobs.adapter_scale is None
 
 
+@pytest.mark.filterwarnings(PEFT)
+def test_a_new_head_beside_adapters_is_opened_as_beside_all_weights(factory):
+    lifted = {"head_rate": 10.0}
+    for kind in ({}, {"kind": adapted}):
+        assert opened(factory, dials=lifted, **kind).knobs.head_rate == 10.0
+
+
 def test_what_the_trainer_raises_is_raised(factory):
     class Broken(Trainer):
         def compute_loss(self, *args, **kwargs):

@@ -13,13 +13,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from envs import objectives, workload
-from envs.errors import BadInput, RunFailed
-from envs.files import write_atomic
+from envs.errors import BadInput
+from envs.files import full_disk, write_atomic
 from envs.job import judge
 from envs.knobs import Knobs, reference_rate
 from envs.task import Task
@@ -165,6 +164,8 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     steer = _best if config.trials > 1 else _steered
     result |= steer(job, knobs, folder, policy)
     write_atomic(summary_path, (json.dumps(result, indent=1) + "\n").encode())
+    for weights in folder.glob(f"trial-*/{prepared.TRAINED}"):
+        weights.unlink()
     return result
 
 
@@ -231,6 +232,7 @@ def _trial(job: Bench, knobs: Knobs, folder: Path, policy: Policy, words: str) -
         run = _steered(job, knobs, folder, policy, words, judged=True)
         best = run["best"] or {"step": 0, "selection": None, "selection_loss": None}
         return {
+            "start_rate": knobs.rate,
             "end_rate": _peak(folder / "audit.jsonl", best["step"], knobs.rate),
             **best,
             "start": run["start"],
@@ -322,7 +324,8 @@ def _run(
     final = {"validation_loss": trainer.evaluate()["eval_loss"]}
     if not judged:
         final["test"] = _accuracy(trainer, rows["test"])
-    trainer.save_model(str(folder / "model"))
+    with full_disk(folder):
+        trainer.save_model(str(folder / "model"))
     curve = [
         {"step": row["step"], "train_loss": row["loss"]}
         for row in trainer.state.log_history
@@ -351,18 +354,6 @@ def _accuracy(trainer: Trainer, rows: workload.Tokens) -> float:
     predictions = trainer.predict(TokenDataset(rows)).predictions
     logits = predictions["logits"] if isinstance(predictions, Mapping) else predictions
     return float((logits.argmax(-1) == rows.labels.numpy()).mean())
-
-
-@contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """A disk that refuses a checkpoint is a failure at run time, in one line."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError, OSError) as error:
-        if "space" in str(error).lower() or "write" in str(error).lower():
-            reason = str(error).splitlines()[0][:200]
-            raise RunFailed(f"{folder}: a checkpoint cannot be written: {reason}") from error
-        raise
 
 
 def _last_whole(folder: Path, steps: int) -> str | None:

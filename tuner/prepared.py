@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from envs import objectives
 from envs.chance import every, put_back
+from envs.files import full_disk, write_atomic
 from envs.knobs import Knobs
 from envs.snapshot import Snapshot, remember
 from envs.task import Task
@@ -21,7 +22,7 @@ from tuner.judge import best_check
 from tuner.policy import Policy
 from tuner.settings import ApplyConfig
 
-TRAINED = "trained.safetensors"  # of a trial: what was in training, as it was at its best
+TRAINED = "trained.safetensors"  # of a trial until one is chosen: what was in training, at its best
 
 
 class Keeper(TrainerCallback):
@@ -115,9 +116,12 @@ def run(
     trainer.train()
     keeper.put()
     final: dict[str, Any] = {"validation_loss": setup.score(trainer, "validation").loss}
-    trainer.save_model(str(folder / "model"))
+    with full_disk(folder):
+        trainer.save_model(str(folder / "model"))
     if judged:
-        save_file({k: w.detach().contiguous() for k, w in keeper.trained.items()}, folder / TRAINED)
+        write_atomic(
+            folder / TRAINED, save({k: w.detach().contiguous() for k, w in keeper.trained.items()})
+        )
     else:
         final |= _tested(setup)
     curve = [
