@@ -64,6 +64,7 @@ def judge(
         "jobs": jobs(table, name),
         "harm": _harm(table, name),
         "diverged": _share(row["diverged"], row["trials"]),
+        "last_loss": {who: _last(table[who]) for who in (name, REFERENCE) if who in table},
         "cost": cost | {"break_even": break_even(cost, match)},
         "losses": losses(table, name),
     }
@@ -105,16 +106,24 @@ def _harm(table: Table, name: str) -> dict[str, Any] | None:
     return harm | _share(round(harm["rate"] * harm["runs"]), harm["runs"])
 
 
+def _last(runs: Mapping[report.Cell, Outcome]) -> float:
+    """The highest selection loss at the end of a run; NaN if it is known of none."""
+    known = [t["curve"][-1]["selection_loss"] if t.get("curve") else t.get("last_loss", math.nan)
+             for outcome in runs.values() for t in outcome["trials"]]  # fmt: skip
+    return max((loss for loss in known if not math.isnan(loss)), default=math.nan)
+
+
 def _share(count: int, of: int) -> dict[str, Any]:
     nothing = dict.fromkeys(("low", "point", "high"), math.nan)
     return {"count": count, "of": of} | (asdict(stats.share(count, of)) if of else nothing)
 
 
-def break_even(cost: Mapping[str, Any], match: Mapping[str, Any]) -> dict[str, float] | None:
+def break_even(cost: Mapping[str, Any], match: Mapping[str, Any]) -> dict[str, Any] | None:
     """Jobs until training has paid for itself, by the ends of the trials to match.
 
-    ``training / ((trials - 1) x a run)`` with the searcher that needs the fewest; inf where
-    nothing is saved. None if the training's seconds are not known.
+    ``training / ((trials - 1) x a run)`` with the searcher of `report.cost_of`; inf where nothing
+    is saved. ``bound``: more trials would be needed than were tried, so that it is no more than
+    that. None if the training's seconds are not known.
     """
     if cost["search"] is None:
         return None
@@ -125,7 +134,7 @@ def break_even(cost: Mapping[str, Any], match: Mapping[str, Any]) -> dict[str, f
         return cost["training_seconds"] / saved if saved > 0 else math.inf
 
     return {"low": jobs(trials["high"]), "point": jobs(trials["point"]),
-            "high": jobs(trials["low"])}  # fmt: skip
+            "high": jobs(trials["low"]), "bound": trials["point"] > trials["n_max"]}  # fmt: skip
 
 
 def losses(table: Table, name: str) -> list[dict[str, Any]]:
@@ -177,17 +186,21 @@ def normalised(table: Table) -> dict[str, Any] | None:
 
 
 def ranks(table: Table) -> dict[str, Any] | None:
-    """Mean ranks over the cells that all methods have, and who does not differ from whom."""
+    """Mean ranks over the cells that all methods have, and who does not differ from whom.
+
+    ``cliques`` is None where so few cells could tell no two of so many methods apart.
+    """
     names = list(table)
     cells = sorted(set.intersection(*(set(runs) for runs in table.values()))) if table else []
     if len(names) < 2 or len(cells) < 2:
         return None
     scores = np.array([[report.score_of(table[name][cell]) for name in names] for cell in cells])
     mean, p = stats.mean_ranks(scores), stats.wilcoxon_holm(scores)
+    groups = stats.cliques(mean, p) if stats.least_p(*scores.shape) < 0.05 else None
     return {
         "blocks": len(cells),
         "methods": {names[i]: float(mean[i]) for i in np.argsort(mean, kind="stable")},
-        "cliques": [[names[i] for i in group] for group in stats.cliques(mean, p)],
+        "cliques": groups and [[names[i] for i in group] for group in groups],
     }
 
 

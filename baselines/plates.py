@@ -95,12 +95,13 @@ def draw_ranks(figure: Any, ranks: Evidence, style: Style) -> None:
         colour, mark = style[name]
         axes.plot([1, ranks["methods"][name]], [y, y], color=LINE, lw=1)
         axes.plot([ranks["methods"][name]], [y], mark, color=colour, ms=7)
-    for i, group in enumerate(ranks["cliques"]):
+    for i, group in enumerate(ranks["cliques"] or []):
         places = [names.index(name) for name in group]
         x = len(names) + 0.4 + 0.25 * (i % 8)
         axes.plot([x, x], [min(places), max(places)], color=INK, lw=2.2, solid_capstyle="round")
     axes.set_yticks(range(len(names)), names, color=INK)
-    axes.set(xlabel=f"mean rank over {ranks['blocks']} cells, 1 is the best", xlim=(0.8, None),
+    few = "" if ranks["cliques"] is not None else "; too few to tell methods apart"
+    axes.set(xlabel=f"mean rank over {ranks['blocks']} cells, 1 is the best{few}", xlim=(0.8, None),
              ylim=(len(names) - 0.4, -0.6))  # fmt: skip
     axes.axvline((1 + len(names)) / 2, color=SOFT, lw=0.8, ls=":")
     axes.grid(visible=False, axis="y")

@@ -314,9 +314,9 @@ def harm_of(table: Table, ours: str | None) -> dict[str, Any] | None:
 def cost_of(summary: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Training cost of the agent, and after how many jobs it has paid for itself.
 
-    Break-even: training / ((trials to match - 1) x seconds of a run), with the searcher that
-    needs the fewest trials, ``search``; None where steering saves nothing. A list of settings is
-    no searcher: it was learned, too.
+    Break-even: training / ((trials to match - 1) x seconds of a run), with TPE or, where it took
+    no part, the searcher that needs the fewest trials, ``search``; None where steering saves
+    nothing. A list of settings is no searcher: it was learned, too.
     """
     seconds = float(sum(line.get("seconds") or 0 for line in training)) if training else None
     finite = [(m["median"]["point"], m["median"]["n_max"], name)
@@ -324,7 +324,7 @@ def cost_of(summary: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -
               if m["median"]["n_max"] and name != BestList.name]  # fmt: skip
     if not seconds or not finite:
         return {"training_seconds": seconds, "run_seconds": None, "jobs": None, "search": None}
-    worth, most, name = min(finite)
+    worth, most, name = min(finite, key=lambda match: (match[2] != "tpe", *match))
     row = next(row for row in summary["methods"] if row["name"] == name)
     run = row["seconds"] / row["runs"]
     saved = (min(worth, most) - 1) * run

@@ -119,12 +119,14 @@ def trials_to_match(
 
     ordered: in place of that, the mean over studies of `running_best`, trials in the order in
     which they came: without bias for a searcher that learns, for which the pooled estimate gives
-    the first trials the quality of the last. The bootstrap then draws whole studies again.
+    the first trials the quality of the last.
 
     ``steered``: (seeds,); ``selection``, ``test``: one pool of trials, or a list with one pool
     per study, whose curves are averaged. ``n_max``: by default and at most the smallest pool. A
-    failed run of either side has the worst finite score of both. The bootstrap resamples seeds,
-    and trials within studies. Too narrow for N near the pool: there all rests on one trial.
+    failed run of either side has the worst finite score of both. The bootstrap draws seeds and
+    whole studies again (Davison & Hinkley 1997, section 3.8), with two or three of them too narrow;
+    of a single study trials, and the curve is put back to where it was: a pool drawn again lacks
+    a third of its trials, the best one as any other.
     """
     one: list[tuple[Any, Any]] = [(selection, test)]
     studies = list(zip(selection, test, strict=True)) if len(test) and np.ndim(test[0]) else one
@@ -138,35 +140,41 @@ def trials_to_match(
     top = min(rank.size for rank, _ in pools) if n_max is None else n_max
     slack = 1e-12 * np.abs(known).max()  # Equal scores match, however their sums round.
 
-    def match(target: float, drawn: list[Pool]) -> float:
-        curve = np.mean([(_came if ordered else _curve)(pool, top) for pool in drawn], axis=0)
+    def match(target: float, curve: Array) -> float:
         reached = np.flatnonzero(curve >= target - slack)
         return float(reached[0] + 1) if reached.size else math.inf
 
     rng = np.random.default_rng(seed)
-    draws = np.empty(resamples)
-    for i in range(resamples):
-        seeds = rng.integers(ours.size, size=ours.size)
-        if ordered:
-            drawn = [pools[k] for k in rng.integers(len(pools), size=len(pools))]
-            draws[i] = match(ours[seeds].mean(), drawn)
-            continue
-        trials = [rng.integers(rank.size, size=rank.size) for rank, _ in pools]
-        drawn = [(rank[k], scores[k]) for (rank, scores), k in zip(pools, trials, strict=True)]
-        draws[i] = match(ours[seeds].mean(), drawn)
-    return TrialsToMatch(_interval(draws, match(ours.mean(), pools), level), top, draws)
+    curves = np.array([(_came if ordered else _curve)(pool, top) for pool in pools])
+    targets = ours[rng.integers(ours.size, size=(resamples, ours.size))].mean(axis=1)
+    if ordered or len(pools) > 1:
+        drawn = curves[rng.integers(len(pools), size=(resamples, len(pools)))].mean(axis=1)
+    else:
+        rank, scores = pools[0]
+        again = rng.integers(rank.size, size=(resamples, rank.size))
+        drawn = np.array([_curve((rank[k], scores[k]), top) for k in again])
+        drawn += curves[0] - drawn.mean(axis=0)
+    draws = np.array([match(*pair) for pair in zip(targets, drawn, strict=True)])
+    point = match(float(ours.mean()), curves.mean(axis=0))
+    return TrialsToMatch(_interval(draws, point, level), top, draws)
 
 
 def median_trials_to_match(jobs: Sequence[TrialsToMatch], *, seed: int = 0) -> TrialsToMatch:
     """Median over these jobs, with the uncertainty within each: 95 %.
 
-    Of an even number of jobs the lower middle one: halfway to "> n_max" has no value.
+    Of an even number of jobs the lower middle one: halfway to "> n_max" has no value. Where more
+    were tried in some jobs than in others, all count up to the fewest: what a job needs beyond
+    what it tried cannot be set beside another's number.
     """
     rng = np.random.default_rng(seed)  # Shuffles: jobs resampled from one seed move together.
+    n_max = min(job.n_max for job in jobs)
     table = np.stack([rng.permutation(job.draws) for job in jobs])
-    draws = np.quantile(table, 0.5, axis=0, method="lower")
-    point = np.quantile([job.interval.point for job in jobs], 0.5, method="lower")
-    return TrialsToMatch(_interval(draws, point, 0.95), min(job.n_max for job in jobs), draws)
+    points = np.array([job.interval.point for job in jobs])
+    draws, point = (
+        np.quantile(np.where(known > n_max, math.inf, known), 0.5, axis=0, method="lower")
+        for known in (table, points)
+    )
+    return TrialsToMatch(_interval(draws, float(point), 0.95), n_max, draws)
 
 
 def running_best(selection: npt.ArrayLike, test: npt.ArrayLike) -> Array:
@@ -259,6 +267,12 @@ def wilcoxon_holm(scores: npt.ArrayLike) -> Array:
     found = np.ones((count, count))
     found[first[order], second[order]] = found[second[order], first[order]] = np.minimum(steps, 1)
     return found
+
+
+def least_p(blocks: int, methods: int) -> float:
+    """The smallest p that `wilcoxon_holm` could give: of a method that is ahead in every block."""
+    perfect = np.arange(1.0, blocks + 1)[:, None] * np.array([1.0, 0.0])
+    return float(wilcoxon_holm(perfect)[0, 1]) * methods * (methods - 1) / 2
 
 
 def cliques(ranks: npt.ArrayLike, p: npt.ArrayLike, *, alpha: float = 0.05) -> list[list[int]]:

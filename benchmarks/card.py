@@ -81,8 +81,8 @@ def agents(known: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             yield shown, f"{row['test']:.3f}", f"{row['gain']:+.3f}", f"{row['standard_error']:.3f}"
 
 
-def main() -> None:
-    """Write the page."""
+def page() -> str:
+    """The card, of the artifact and of the figures in results."""
     default = policy.load(DEFAULT)
     chosen = json.loads((RESULTS / "tuner.json").read_text())
     suites = revive(json.loads((RESULTS / "evidence.json").read_text())["suites"])
@@ -106,7 +106,12 @@ def main() -> None:
         "## Envelope",
         table(("feature", "unit", "lowest", "highest"), envelope(default)),
     ]
-    (DOCS / "default.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def main() -> None:
+    """Write the page."""
+    (DOCS / "default.md").write_text(page())
     print(DOCS / "default.md")
 
 

@@ -1,9 +1,10 @@
-"""Raw outcomes of the benchmark's suites, a cell a line, in results/outcomes.jsonl.gz.
+"""Raw outcomes of the benchmark, a cell a line, in results/outcomes.jsonl.gz.
 
 Each line is ``{"suite": NAME, "about": ...}`` or ``{"suite": NAME, "outcome": ...}``. An outcome
 has the scores, the knobs and the charges of every trial of a method in a cell, and what the cell
 was: task, seed, start, and the sha256 of the code and the data. Left out is what no figure is made
-of: curves within a trial.
+of: curves within a trial. Beside the suites are the runs on the training tasks by which the best
+fixed setting and the best list were chosen.
 """
 
 import gzip
@@ -12,14 +13,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from baselines.compare import outcomes
+from baselines.ledger import Ledger
 from envs.files import write_atomic
+from tuner.benchmark import finished
+from tuner.suites import SUITES
 
 Raw = Mapping[str, Any]  # a suite's description, and its ``outcomes``
+CHOICE = "choice of fixed and list"
+
+
+def gather(run: Path) -> dict[str, Raw]:
+    """What a benchmark's folder has: its finished suites, and the choice of settings."""
+    found: dict[str, Raw] = dict(finished(run, SUITES))
+    if (path := run / "fixed.sqlite").is_file():
+        purpose = "Settings on the training tasks, of which `fixed` and `list` were chosen."
+        found[CHOICE] = {"purpose": purpose, "outcomes": outcomes(Ledger(path))}
+    return found
 
 
 def slim(outcome: Raw) -> dict[str, Any]:
-    """An outcome without the curves of its trials."""
-    trials = [{k: v for k, v in trial.items() if k != "curve"} for trial in outcome["trials"]]
+    """An outcome without the curves of its trials, but for the selection loss at their ends."""
+    trials = []
+    for trial in outcome["trials"]:
+        ends = [point["selection_loss"] for point in trial.get("curve", ())[-1:]]
+        kept = {k: v for k, v in trial.items() if k != "curve"}
+        trials.append({**kept, **({"last_loss": ends[0]} if ends else {})})
     return {**outcome, "trials": trials}
 
 

@@ -180,7 +180,9 @@ def budgeted(least: float) -> Read:
             return None
         point, worst = min(known)
         alike = ", ".join(name for other, name in sorted(known) if other == point)
-        return Reading(f"{spread(chances[worst])}, against {alike}", point >= least)
+        listed = chances.get(BestList.name)
+        told = f"; against the best list {spread(listed)}" if listed else ""
+        return Reading(f"{spread(chances[worst])}, against {alike}{told}", point >= least)
 
     return read
 
@@ -196,16 +198,19 @@ def paid_back(most: float) -> Read:
     def read(suite: Suite) -> Reading | None:
         found = judged(suite)
         jobs = found["cost"]["break_even"] if found else None
-        return Reading(jobs_in_words(jobs), jobs["point"] <= most) if jobs else None
+        if not jobs:
+            return None
+        unknown = jobs["bound"] and jobs["point"] > most  # no more than that, and maybe fewer
+        return Reading(jobs_in_words(jobs), None if unknown else jobs["point"] <= most)
 
     return read
 
 
-def jobs_in_words(jobs: Mapping[str, float]) -> str:
+def jobs_in_words(jobs: Mapping[str, Any]) -> str:
     """A number of jobs with its interval."""
     low, point, high = (f"{math.ceil(jobs[key]):,}" if math.isfinite(jobs[key]) else "never"
                         for key in ("low", "point", "high"))  # fmt: skip
-    return f"{point} ({low} to {high})"
+    return f"{'at most ' if jobs['bound'] else ''}{point} ({low} to {high})"
 
 
 def fixed(name: str) -> Callable[[str], str]:

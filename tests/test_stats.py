@@ -218,6 +218,17 @@ def test_the_interval_of_trials_to_match_covers_the_truth():
     assert covered >= 33
 
 
+def test_the_lower_end_is_not_above_the_truth_more_often_than_it_may():
+    """Five studies of a job: trials drawn again within each would put it above in 32 of 200."""
+    rng, above, worth = np.random.default_rng(6), 0, 16 / 17 - 1e-9
+    for repeat in range(200):
+        pools = rng.random((5, 32))
+        steered = worth + rng.normal(scale=0.02, size=5)
+        found = stats.trials_to_match(steered, pools, pools, resamples=100, seed=repeat)
+        above += found.interval.low > 16
+    assert above <= 14  # 2.5 % are 5, and five studies are few
+
+
 def test_studies_are_averaged_and_not_pooled():
     """Two seeds of a job differ in level: each study is searched by itself."""
     low, high = np.arange(1.0, 11.0), np.arange(101.0, 111.0)
@@ -259,13 +270,15 @@ def test_median_over_jobs():
     assert str(stats.median_trials_to_match(jobs)) == "12 (12 to 12)"
     assert stats.median_trials_to_match(jobs[::2]).interval.point == 4.0  # the lower middle one
     assert str(stats.median_trials_to_match(jobs[2:])) == "> 30 (> 30 to > 30)"
+    beyond = [jobs[2], of(35.0, [20.0] * 4 + [35.0] * 96)]  # 35 of 40, beside more than 30 of 30
+    assert str(stats.median_trials_to_match(beyond)) == "> 30 (20 to > 30)"
 
 
 def test_jobs_resampled_with_one_seed_do_not_move_together():
     """The median of three equal jobs varies less than each, unless their draws are in step."""
     draws = np.arange(1000.0)
-    alone = stats.median_trials_to_match([of(500.0, draws)]).interval
-    three = stats.median_trials_to_match([of(500.0, draws)] * 3).interval
+    alone = stats.median_trials_to_match([of(500.0, draws, 1000)]).interval
+    three = stats.median_trials_to_match([of(500.0, draws, 1000)] * 3).interval
     assert three.high - three.low < 0.9 * (alone.high - alone.low)
 
 

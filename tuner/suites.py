@@ -93,8 +93,8 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 _compare(
                     tasks=_TINY,
                     methods=("keep", "fixed", "tpe"),
-                    seeds=5,
-                    search_seeds=5,
+                    seeds=10,
+                    search_seeds=10,
                     runs=32,
                     compile=True,
                 ),
@@ -179,7 +179,16 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 "what validation costs steered runs comes out of theirs, so the last is cut short.",
                 _compare(
                     tasks=_TINY,
-                    methods=("keep", *LEARNED, *SEARCHES, *SHAPED, *FURTHER, *POPULATIONS),
+                    methods=(
+                        "keep",
+                        *LEARNED,
+                        *SEARCHES,
+                        *SAME_REACH,
+                        *SHAPED,
+                        *FURTHER,
+                        *PRUNED,
+                        *POPULATIONS,
+                    ),
                     seeds=5,
                     search_seeds=5,
                     runs=4,
