@@ -103,9 +103,9 @@ WHY = """## Why bars are missed, as far as it is known
   trials is ever matched, so the intervals are wide, and of the two jobs in the middle the lower one
   counts. The same jobs gave 15 (7 to > 32) when TPE drew SGD's and RMSprop's rates around rules of
   thumb that were too high, in other studies: no change of the tuner lies between the two.
-- **A pretrained encoder.** Head and all in MiniLM-L6 are level with the best fixed setting, and
-  with LoRA behind it in every run: the policy opens a head with twice the rate there, which was
-  best on tiny encoders, and the fixed setting with ten times. Three jobs of three seeds.
+- **A pretrained encoder.** Head and all in MiniLM-L6 are level with the best fixed setting, with
+  all weights and with LoRA (where the policy opened the head with twice the rate at first, and was
+  behind in every run). Three jobs of three seeds.
 - **A tuner of all objectives.** It and `default`, which never saw them, act alike: both are taught
   the same rate. They are behind on the language model, DPO, GRPO and translation. For GRPO twice
   the rule of thumb is better at this size (`docs/experiments.md` says why it is not raised), and a

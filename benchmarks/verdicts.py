@@ -182,7 +182,7 @@ def budgeted(least: float) -> Read:
         alike = ", ".join(name for other, name in sorted(known) if other == point)
         listed = chances.get(BestList.name)
         told = f"; against the best list {spread(listed)}" if listed else ""
-        return Reading(f"{spread(chances[worst])}, against {alike}{told}", point >= least)
+        return Reading(f"{spread(chances[worst])}, against {alike}{told}", point >= least - ROUNDING)
 
     return read
 
