@@ -182,7 +182,9 @@ def budgeted(least: float) -> Read:
         alike = ", ".join(name for other, name in sorted(known) if other == point)
         listed = chances.get(BestList.name)
         told = f"; against the best list {spread(listed)}" if listed else ""
-        return Reading(f"{spread(chances[worst])}, against {alike}{told}", point >= least - ROUNDING)
+        return Reading(
+            f"{spread(chances[worst])}, against {alike}{told}", point >= least - ROUNDING
+        )
 
     return read
 
@@ -224,11 +226,17 @@ BARS = (
     Bar("the same, its trials in the order in which it made them",
         "at least 16, lower end at least 8", "datasets",
         worth("tpe", 16, 8, key="match_in_order")),
+    Bar("the same jobs on ten seeds: trials of TPE", "at least 16, lower end at least 8", "agents",
+        worth("tpe", 16, 8)),
+    Bar("the same, in the order in which it made them", "at least 16, lower end at least 8",
+        "agents", worth("tpe", 16, 8, key="match_in_order")),
     Bar("trials of TPE in the tuner's own reach: with AdamW alone", "at least 16, lower end at "
         "least 8", "datasets", worth("tpe+adamw", 16, 8)),
     Bar("trials of TPE on a held-out pretrained encoder", "at least 8", "model", worth("tpe", 8)),
     Bar("better than the best fixed setting of the training tasks",
         "at least 75 %, lower end above 50 %", "datasets", better(fixed("fixed"), 0.75, 0.5)),
+    Bar("the same on ten seeds", "at least 75 %, lower end above 50 %", "agents",
+        better(fixed("fixed"), 0.75, 0.5)),
     Bar("better than the same policy with shuffled observations", "at least 90 %", "datasets",
         better(lambda name: f"{name} shuffled", 0.9)),
     Bar("better than what it opens runs with alone, the rate kept", "above 50 %", "datasets",
