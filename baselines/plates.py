@@ -100,7 +100,7 @@ def draw_ranks(figure: Any, ranks: Evidence, style: Style) -> None:
         x = len(names) + 0.4 + 0.25 * (i % 8)
         axes.plot([x, x], [min(places), max(places)], color=INK, lw=2.2, solid_capstyle="round")
     axes.set_yticks(range(len(names)), names, color=INK)
-    few = "" if ranks["cliques"] is not None else "; too few to tell methods apart"
+    few = "" if ranks["cliques"] is not None else ",\ntoo few to tell methods apart"
     axes.set(xlabel=f"mean rank over {ranks['blocks']} cells, 1 is the best{few}", xlim=(0.8, None),
              ylim=(len(names) - 0.4, -0.6))  # fmt: skip
     axes.axvline((1 + len(names)) / 2, color=SOFT, lw=0.8, ls=":")
