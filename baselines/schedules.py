@@ -62,6 +62,22 @@ class TrainerDefault:
 
 
 @dataclass(frozen=True)
+class LoraDefault:
+    """AdamW at 2e-4, linear to zero, no warm-up: the rate that adapters are handed out with.
+
+    Hu et al. 2021 (LoRA, arXiv 2106.09685, table 11); likewise Dettmers et al. 2023 (QLoRA, arXiv
+    2305.14314), who hold it to the end. A contestant where a task has an adapter.
+    """
+
+    name: ClassVar[str] = "lora-default"
+    runs: ClassVar[int] = 1
+
+    def run(self, arena: Arena) -> None:
+        """One run."""
+        run_static(arena, Knobs(2e-4))
+
+
+@dataclass(frozen=True)
 class CosineWarmup:
     """The starting rate after a linear warm-up, then half a cosine to zero.
 
@@ -125,7 +141,7 @@ class BestList:
 
 
 STATIC: dict[str, type[Method]] = {
-    method.name: method for method in (Keep, TrainerDefault, CosineWarmup, Constant)
+    method.name: method for method in (Keep, TrainerDefault, LoraDefault, CosineWarmup, Constant)
 }
 """Schedules that need no argument, by name."""
 

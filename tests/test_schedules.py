@@ -13,6 +13,7 @@ from baselines.schedules import (
     Fixed,
     Keep,
     KeepAgain,
+    LoraDefault,
     TrainerDefault,
     best_fixed,
     best_list,
@@ -54,6 +55,7 @@ def test_keep_again_is_the_same_schedule_on_another_draw():
     [
         (Keep(), Knobs(3e-4)),
         (TrainerDefault(), Knobs(5e-5)),
+        (LoraDefault(), Knobs(2e-4)),
         (CosineWarmup(), Knobs(3e-4, "cosine", 0.1)),
         (Constant(), Knobs(3e-4, "constant")),
         (Fixed(Knobs(1e-3, "cosine")), Knobs(1e-3, "cosine")),

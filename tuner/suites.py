@@ -106,8 +106,8 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
                 _compare(
                     tasks=_TINY,
                     methods=("keep", *FURTHER, *PRUNED, *POPULATIONS),
-                    seeds=2,
-                    search_seeds=2,
+                    seeds=5,
+                    search_seeds=5,
                     runs=16,
                     compile=True,
                 ),
@@ -121,7 +121,10 @@ SUITES: Mapping[str, Suite] = MappingProxyType(
             Suite(
                 "adapter",
                 "The same encoder with LoRA, which the tuner has not been trained on either.",
-                _compare(tasks=_minilm("lora"), **_FEW),
+                _compare(
+                    tasks=_minilm("lora"),
+                    **_FEW | {"methods": (*_FEW["methods"], "lora-default")},
+                ),
             ),
             Suite(
                 "size",
