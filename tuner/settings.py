@@ -88,8 +88,8 @@ class CompareConfig(BaseModel):
          "random+hyperband", "tpe+hyperband", "gp+hyperband"),
         description="keep, trainer-default, lora-default, cosine-warmup, constant; keep-again, "
         "keep with other seeds; fixed and list, the best of the training tasks; range-test, "
-        "plateau, greedy; schedule-free, prodigy; or random, tpe, tpe-independent, gp or cmaes, plain or "
-        "+hyperband, random and tpe also +knots or +adamw; asha, pbt",
+        "plateau, greedy; schedule-free, prodigy; or random, tpe, tpe-independent, gp or cmaes, "
+        "plain or +hyperband, random and tpe also +knots or +adamw; asha, pbt",
     )  # fmt: skip
     training: tuple[str | dict[str, Any], ...] = Field(
         ("trec6", "trec50", "sms", "movie", "amazon", "tweets"),
