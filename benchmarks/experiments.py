@@ -11,25 +11,30 @@ what was concluded.
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from headroom import TRAINED
+from numpy.typing import NDArray
 from record import merge
 
 from baselines.compare import compare
 from baselines.ledger import key_of
 from baselines.method import Method
 from baselines.schedules import STATIC, Fixed
-from envs import workload
+from envs import reward, workload
 from envs.knobs import Knobs
+from envs.observe import FEATURES
 from envs.task import Task, find, vary
+from tuner import sb3, train
+from tuner.agent import Normaliser
 from tuner.curriculum import TrainConfig
 from tuner.evaluate import PolicyMethod
-from tuner.train import train
 
 BASE: dict[str, Any] = {
     "agent": "ppo",
@@ -49,13 +54,66 @@ CHOOSING, RELATIVES, JOB_SEEDS = ("nyt", "nyt/tiny-64"), 3, range(4)
 WIDER = tuple(f"{name}/tiny-64" for name in TRAINED)
 STARTS = 2.0  # runs of a budget: one, and what its validation costs
 
+NAMES = tuple(feature.name for feature in FEATURES)
+LOSSES = tuple(
+    name
+    for name in NAMES
+    if name.startswith(("train_", "validation_")) or name in ("gap", "since_best")
+)
+HISTORY = (
+    "train_vs_initial", "train_vs_best", "train_vs_previous", "train_trend", "validation_vs_best",
+    "validation_vs_previous", "validation_trend", "since_best", "gradient_vs_median",
+    "gradient_cosine", "last_change", "rolled_back",
+)  # fmt: skip
+WEIGHTS = ("update_ratio", "gradient_vs_median", "clipped", "gradient_cosine")
+RULER = ("progress", "schedule", "rate_vs_reference")
+
+survey, above_others = train.survey, sb3.above_others
+
+
+def hiding(*names: str) -> dict[str, Any]:
+    """A variant that does not see some features: to its normaliser they are mute."""
+
+    def hidden(recorder: Any, seed: int) -> Normaliser:
+        look = survey(recorder, seed)
+        mute = np.isin(NAMES, names)
+        return Normaliser(look.mean, np.where(mute, train.MUTE, look.deviation).astype(np.float32))
+
+    return {"tuner.train.survey": hidden}
+
+
+def in_spreads(
+    rewards: NDArray[np.float32], ends: NDArray[np.bool_], group: int
+) -> NDArray[np.float32]:
+    """As `above_others`, in spreads of a group: every job counts alike (Shao et al. 2024, GRPO)."""
+    paid = above_others(rewards, ends, group)
+    episode = ends.cumsum(0) - ends
+    for first in range(0, paid.shape[1], group):
+        part = slice(first, first + group)
+        for number in range(int(ends[:, part].sum(0).max(initial=0))):
+            mine = ends[:, part] & (episode[:, part] == number)
+            paid[:, part][mine] /= max(float(paid[:, part][mine].std()), 1e-3)
+    return paid
+
+
+def plain_log(loss: Any, start: Any) -> Any:
+    """As `reward.potential`, without the root: log(start / loss), bounded below likewise."""
+    known = np.isfinite(loss) & np.isfinite(start) & (np.asarray(start) > 0)
+    fall = np.log(np.where(known, start, 1.0) / np.maximum(np.where(known, loss, 1), reward.LEAST))
+    value = np.where(known, np.maximum(fall, -reward.CEILING), -reward.CEILING)
+    return value if value.ndim else float(value)
+
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that is changed, in one or more ways."""
+    """One thing that is changed, in one or more ways.
+
+    swaps: by variant, what stands in for a function of the project, by its dotted name.
+    """
 
     asks: str
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    swaps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 QUESTIONS: Mapping[str, Question] = {
@@ -78,6 +136,27 @@ QUESTIONS: Mapping[str, Question] = {
     "instances": Question(
         "Which jobs should it learn from?",
         {"two corpora": {"tasks": ("trec6", "movie")}, "no relatives": {"vary": False}},
+    ),
+    "observation": Question(
+        "Which part of the observation does it need?",
+        swaps={
+            "no ruler": hiding("rate_vs_reference"),
+            "no losses": hiding(*LOSSES),
+            "no history": hiding(*HISTORY),
+            "no gradients": hiding(*WEIGHTS),
+            "ruler alone": hiding(*(name for name in NAMES if name not in RULER)),
+        },
+    ),
+    "reward": Question(
+        "How should returns of different jobs be weighed?",
+        swaps={
+            "plain log": {"envs.reward.potential": plain_log},
+            "in spreads of the job": {"tuner.sb3.above_others": in_spreads},
+        },
+    ),
+    "groups": Question(
+        "Is an episode judged better against others of the same job?",
+        {"by itself": {"group": 1}},
     ),
 }
 
@@ -117,11 +196,18 @@ def judge(
     return {name: np.array(values) for name, values in scores.items()}
 
 
-def learn(changes: Mapping[str, Any], budget: str, seed: int, out: Path) -> PolicyMethod:
-    """A tuner trained with some of `BASE` changed."""
+def learn(
+    changes: Mapping[str, Any], swaps: Mapping[str, Any], label: str, budget: str, seed: int,
+    out: Path,
+) -> PolicyMethod:  # fmt: skip
+    """A tuner trained with some of `BASE` changed, and some functions swapped meanwhile."""
     config = TrainConfig.model_validate({**BASE, **changes, "budget": budget, "seed": seed})
-    key = key_of(config.model_dump(mode="json"))[:12]
-    return PolicyMethod(train(config, out / key), f"{key} {seed}")
+    swapped = {"swapped": label} if swaps else {}
+    key = key_of(config.model_dump(mode="json") | swapped)[:12]
+    with ExitStack() as stack:
+        for target, swap in swaps.items():
+            stack.enter_context(mock.patch(target, swap))
+        return PolicyMethod(train.train(config, out / key), f"{key} {seed}")
 
 
 def rivals() -> list[Method]:
@@ -173,14 +259,15 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = range(options.seeds)
 
-    def agents(changes: Mapping[str, Any]) -> list[PolicyMethod]:
-        return [learn(changes, options.budget, seed, options.out) for seed in seeds]
+    def agents(question: Question, label: str) -> list[PolicyMethod]:
+        changes, swaps = question.variants.get(label, {}), question.swaps.get(label, {})
+        return [learn(changes, swaps, label, options.budget, seed, options.out) for seed in seeds]
 
-    groups = {"base": agents({})}
+    groups = {"base": agents(Question(""), "base")}
     plain = rivals()
     for name in options.only:
         question = QUESTIONS[name]
-        mine = {label: agents(changes) for label, changes in question.variants.items()}
+        mine = {label: agents(question, label) for label in (*question.variants, *question.swaps)}
         every = groups | mine
         scores = judge([*plain, *(agent for part in every.values() for agent in part)], options.out)
         told = figures(
