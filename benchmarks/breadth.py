@@ -50,6 +50,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "SGD": {"optimizer": "sgd"},
     "30 updates": {"steps": 30, "interval": 3},
     "300 updates": {"steps": 300, "interval": 30},
+    "1,000 updates": {"steps": 1000, "interval": 100},
 }
 SEEDS = range(2)
 Choose = Callable[[np.ndarray], Any]
