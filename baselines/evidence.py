@@ -168,7 +168,7 @@ def normalised(table: Table) -> dict[str, Any] | None:
     for task in sorted({cell[0] for cell in table.get(REFERENCE, ())}):
         tests = [trial["test"] for runs in table.values() for cell, outcome in runs.items()
                  if cell[0] == task for trial in outcome["trials"]]  # fmt: skip
-        own = np.concatenate(report.scores_of(table[REFERENCE], task))
+        (own,) = report.scores_of(table[REFERENCE], task)
         oracle = max(filter(math.isfinite, tests), default=-math.inf)
         if np.isfinite(own).any() and oracle > np.nanmean(own):
             ends[task] = float(np.nanmean(own)), float(oracle)
@@ -186,19 +186,24 @@ def normalised(table: Table) -> dict[str, Any] | None:
 
 
 def ranks(table: Table) -> dict[str, Any] | None:
-    """Mean ranks over the cells that all methods have, and who does not differ from whom.
+    """Mean ranks over the seeds of jobs that all methods have, and who does not differ from whom.
 
-    ``cliques`` is None where so few cells could tell no two of so many methods apart.
+    A seed's score is its mean over starting rates, a failed run's being 0. ``cliques`` is None
+    where so few of them could tell no two of so many methods apart.
     """
     names = list(table)
-    cells = sorted(set.intersection(*(set(runs) for runs in table.values()))) if table else []
-    if len(names) < 2 or len(cells) < 2:
+    cells = set.intersection(*(set(runs) for runs in table.values())) if table else set()
+    seeds = [seed for job in report.seeds_of(cells).values() for seed in job]
+    if len(names) < 2 or len(seeds) < 2:
         return None
-    scores = np.array([[report.score_of(table[name][cell]) for name in names] for cell in cells])
+    scores = np.array([
+        [np.nan_to_num([report.score_of(table[name][cell]) for cell in seed]).mean()
+         for name in names] for seed in seeds
+    ])  # fmt: skip
     mean, p = stats.mean_ranks(scores), stats.wilcoxon_holm(scores)
     groups = stats.cliques(mean, p) if stats.least_p(*scores.shape) < 0.05 else None
     return {
-        "blocks": len(cells),
+        "blocks": len(seeds),
         "methods": {names[i]: float(mean[i]) for i in np.argsort(mean, kind="stable")},
         "cliques": groups and [[names[i] for i in group] for group in groups],
     }

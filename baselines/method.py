@@ -72,6 +72,7 @@ class Trial:
     steps: int
     spent: float  # of the whole budget, when this trial was handed in
     curve: tuple[Point, ...]
+    ended: Knobs | None = None  # in force at the best checkpoint; None: those it was opened with
 
 
 class MeteredJob:
@@ -132,14 +133,13 @@ class Best:
 
     score: Score = field(default_factory=lambda: Score(math.inf, -math.inf))
     snapshot: Snapshot | None = None
+    knobs: Knobs | None = None  # in force there
 
-    def offer(self, score: Score, job: MeteredJob) -> bool:
-        """Keep this checkpoint if it is better than the best so far -> whether it was."""
+    def offer(self, score: Score, job: MeteredJob) -> None:
+        """Keep this checkpoint if it is better than the best so far."""
         better = (score.metric, -score.loss) > (self.score.metric, -self.score.loss)
-        if not (math.isfinite(score.loss) and better):
-            return False
-        self.score, self.snapshot = score, job.snapshot()
-        return True
+        if math.isfinite(score.loss) and better:
+            self.score, self.snapshot, self.knobs = score, job.snapshot(), job.knobs
 
 
 class Arena:
@@ -188,6 +188,7 @@ class Arena:
         trial = Trial(
             knobs, best.score.metric if best.snapshot is not None else 0.0, best.score.loss,
             test.metric, test.loss, state, job.step, self.budget.spent, tuple(curve),
+            best.knobs if best.knobs != knobs else None,
         )  # fmt: skip
         self.trials.append(trial)
         return replace(trial, test=math.nan, test_loss=math.nan)

@@ -171,36 +171,58 @@ def score_of(outcome: Outcome, runs: float = math.inf) -> float:
     return float(best[max(1, int(np.sum(spent <= runs + 1e-9))) - 1]) if best.size else math.nan
 
 
+def seeds_of(cells: Iterable[Cell]) -> dict[str, list[list[Cell]]]:
+    """By task, the cells of each seed: one for each starting rate, which are drawn together.
+
+    Where a seed lacks one, each cell stands for itself.
+    """
+    groups: dict[str, dict[int, list[Cell]]] = {}
+    for cell in sorted(cells):
+        groups.setdefault(cell[0], {}).setdefault(cell[1], []).append(cell)
+    found = {task: list(seeds.values()) for task, seeds in groups.items()}
+    return {task: seeds if len(set(map(len, seeds))) == 1 else [[c] for s in seeds for c in s]
+            for task, seeds in found.items()}  # fmt: skip
+
+
 def scores_of(runs: Mapping[Cell, Outcome], task: str | None = None) -> list[stats.Array]:
-    """Final scores, one array per task."""
-    groups: dict[str, list[float]] = {}
-    for cell in sorted(runs):
-        if task in (None, cell[0]):
-            groups.setdefault(cell[0], []).append(score_of(runs[cell]))
-    return [np.array(group) for group in groups.values()]
+    """Final scores, one array (seeds, starting rates) per task."""
+    return [np.array([[score_of(runs[cell]) for cell in seed] for seed in seeds])
+            for name, seeds in seeds_of(runs).items() if task in (None, name)]  # fmt: skip
+
+
+def distinct(runs: Mapping[Cell, Outcome]) -> dict[Cell, Outcome]:
+    """Without those that repeat another starting rate's: what takes no rate from the user."""
+    found: dict[Any, Cell] = {}
+    for cell, outcome in sorted(runs.items()):
+        told = [(repr(t.get("knobs")), repr(t["selection"]), repr(t["test"]))
+                for t in outcome["trials"]]  # fmt: skip
+        found.setdefault((*cell[:2], *told) if told else cell, cell)
+    return {cell: runs[cell] for cell in found.values()}
 
 
 def interval_of(jobs: list[stats.Array]) -> dict[str, float]:
-    """IQM of scores, one array per job, with its stratified bootstrap interval."""
-    return {key: column[0] for key, column in _bands([job[:, None] for job in jobs]).items()}
+    """IQM of scores, (seeds,) or (seeds, rates) of each job, with its bootstrap interval."""
+    columns = [job.reshape(len(job), -1, 1) for job in jobs]
+    return {key: column[0] for key, column in _bands(columns).items()}
 
 
 def paired(
     ours: Mapping[Cell, Outcome], other: Mapping[Cell, Outcome], equal: bool = False
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Scores of both in the cells that both have, by task; the other's at our spend if equal."""
-    groups: dict[str, tuple[list[float], list[float]]] = {}
-    for cell in sorted(ours.keys() & other.keys()):
-        pair = groups.setdefault(cell[0], ([], []))
-        pair[0].append(score_of(ours[cell]))
-        pair[1].append(score_of(other[cell], runs_of(ours[cell]) if equal else math.inf))
-    return [pair[0] for pair in groups.values()], [pair[1] for pair in groups.values()]
+) -> tuple[list[stats.Array], list[stats.Array]]:
+    """`scores_of` both in the cells that both have; the other's at our spend if equal."""
+    both = {cell: ours[cell] for cell in ours.keys() & other.keys()}
+    theirs = [
+        np.array([[score_of(other[cell], runs_of(ours[cell]) if equal else math.inf)
+                   for cell in seed] for seed in seeds])
+        for seeds in seeds_of(both).values()
+    ]  # fmt: skip
+    return scores_of(both), theirs
 
 
 def _row(name: str, table: Table, ours: str | None, steered: bool,
          cells: int) -> dict[str, Any]:  # fmt: skip
     runs = table[name]
-    handed = [trial for outcome in runs.values() for trial in outcome["trials"]]
+    handed = [trial for outcome in distinct(runs).values() for trial in outcome["trials"]]
     several = max(len(outcome["trials"]) for outcome in runs.values()) > 1
     chances: dict[str, Any] = {"chance": None, "chance_equal": None}
     if ours and name != ours and runs.keys() & table[ours].keys():
@@ -228,22 +250,26 @@ def _curves(table: Table, rows: Sequence[Mapping[str, Any]],
     """Per method: IQM of the best so far against runs spent, from where every cell has a trial."""
     curves = {}
     for name in (row["name"] for row in rows):
-        groups: dict[str, list[tuple[stats.Array, stats.Array]]] = {}
-        for cell in sorted(table[name]):
-            if task in (None, cell[0]):
-                groups.setdefault(cell[0], []).append(_trace(table[name][cell]))
-        traces = [trace for group in groups.values() for trace in group if trace[0].size]
+        cells = [cell for cell in table[name] if task in (None, cell[0])]
+        known = {cell: _trace(table[name][cell]) for cell in cells}
+        traces = [trace for trace in known.values() if trace[0].size]
         if not traces:
             continue
         first, last = (max(float(t[0][i]) for t in traces) for i in (0, -1))
         single = all(t[0].size == 1 for t in traces)
         grid = [float(np.mean([t[0][0] for t in traces]))] if single else _grid(first, last)
         x = np.array(grid) + 1e-9
-        scores = [np.array([best[np.maximum(np.searchsorted(spent, x), 1) - 1] if spent.size
-                            else np.full(x.size, -np.inf) for spent, best in group])
-                  for group in groups.values()]  # fmt: skip
+        scores = [np.array([[_best_at(x, *known[cell]) for cell in seed] for seed in seeds])
+                  for seeds in seeds_of(cells).values()]  # fmt: skip
         curves[name] = {"runs": grid} | _bands(scores)
     return curves
+
+
+def _best_at(runs: stats.Array, spent: stats.Array, best: stats.Array) -> stats.Array:
+    """The score of a `_trace` at each of ``runs``; of one without a trial -inf."""
+    if not spent.size:
+        return np.full(runs.size, -np.inf)
+    return best[np.maximum(np.searchsorted(spent, runs), 1) - 1]
 
 
 def _grid(first: float, last: float) -> list[float]:
@@ -252,7 +278,10 @@ def _grid(first: float, last: float) -> list[float]:
 
 
 def _bands(jobs: list[stats.Array]) -> dict[str, list[float]]:
-    """`stats.iqm` and its stratified bootstrap at every column at once; jobs: (seeds, columns)."""
+    """`stats.iqm` and its stratified bootstrap at every column at once.
+
+    jobs: (seeds, rates, columns); a seed is drawn with all its starting rates.
+    """
 
     def iqms(pooled: Any) -> stats.Array:
         cut = pooled.shape[-2] // 4
@@ -260,12 +289,13 @@ def _bands(jobs: list[stats.Array]) -> dict[str, list[float]]:
         return np.asarray(ordered[..., cut : pooled.shape[-2] - cut, :].mean(axis=-2))
 
     rng = np.random.default_rng(0)
+    drawn = [job[rng.integers(len(job), size=(RESAMPLES, len(job)))] for job in jobs]
     draws = iqms(np.concatenate(
-        [job[rng.integers(len(job), size=(RESAMPLES, len(job)))] for job in jobs], axis=1
+        [job.reshape(RESAMPLES, -1, job.shape[-1]) for job in drawn], axis=1
     ))  # fmt: skip
     low = np.quantile(draws, 0.025, axis=0, method="lower")
     high = np.quantile(draws, 0.975, axis=0, method="higher")
-    point = iqms(np.concatenate(jobs))
+    point = iqms(np.concatenate([job.reshape(-1, job.shape[-1]) for job in jobs]))
     return {"low": low.tolist(), "point": point.tolist(), "high": high.tolist()}
 
 
@@ -274,6 +304,7 @@ def match_of(
 ) -> dict[str, Any]:
     """Trials to match in each task and in the median one; ordered: see `trials_to_match`."""
     found: dict[str, stats.TrialsToMatch] = {}
+    search = distinct(search)
     for task in sorted({cell[0] for cell in ours} & {cell[0] for cell in search}):
         studies = [_whole(o["trials"]) for c, o in sorted(search.items()) if c[0] == task]
         studies = [study for study in studies if study]
@@ -304,6 +335,7 @@ def harm_of(table: Table, ours: str | None) -> dict[str, Any] | None:
     got, base = paired(table[ours], table[REFERENCE])
     if not got:
         return None
+    got, base = ([at for job in jobs for at in job.T] for jobs in (got, base))  # rate by rate
     regret = np.nan_to_num(np.concatenate(base)) - np.nan_to_num(np.concatenate(got))
     rate, runs = stats.harm_rate(got, base), sum(map(len, got))
     return {"rate": rate, "clear": stats.harm_rate(got, base, both=True), "runs": runs,

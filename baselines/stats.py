@@ -60,7 +60,7 @@ def bootstrap(
 ) -> Interval:
     """Stratified percentile bootstrap: seeds drawn again within each job (Agarwal 2021, 4.1).
 
-    ``samples``: one array per job, (seeds,) or (seeds, columns); a row stays whole, so what
+    ``samples``: one array per job, (seeds,) or (seeds, ...); a row stays whole, so what
     belongs to one seed stays paired. With five seeds in all it is narrower than its level says.
     """
     jobs = [np.asarray(job, dtype=float) for job in samples]
@@ -78,6 +78,7 @@ def probability_of_improvement(
 
     Unpaired, P is over every pair of a run of X and a run of Y (Mann-Whitney): any two runs.
     ``paired``: P is over seeds, row s of both being the same seed: the same run, steered or not.
+    A job is (seeds,), or (seeds, rates) of runs that are drawn together.
     """
     ours, theirs = _matched(x, y, by_seed=paired)
 
@@ -121,17 +122,17 @@ def trials_to_match(
     which they came: without bias for a searcher that learns, for which the pooled estimate gives
     the first trials the quality of the last.
 
-    ``steered``: (seeds,); ``selection``, ``test``: one pool of trials, or a list with one pool
-    per study, whose curves are averaged. ``n_max``: by default and at most the smallest pool. A
-    failed run of either side has the worst finite score of both. The bootstrap draws seeds and
-    whole studies again (Davison & Hinkley 1997, section 3.8), with two or three of them too narrow;
-    of a single study trials, and the curve is put back to where it was: a pool drawn again lacks
-    a third of its trials, the best one as any other.
+    ``steered``: (seeds,) or (seeds, rates); ``selection``, ``test``: one pool of trials, or a
+    list with one pool per study, whose curves are averaged. ``n_max``: by default and at most the
+    smallest pool. A failed run of either side has the worst finite score of both. The bootstrap
+    draws seeds and whole studies again (Davison & Hinkley 1997, section 3.8), with two or three of
+    them too narrow; of a single study trials, and the curve is put back to where it was: a pool
+    drawn again lacks a third of its trials, the best one as any other.
     """
     one: list[tuple[Any, Any]] = [(selection, test)]
     studies = list(zip(selection, test, strict=True)) if len(test) and np.ndim(test[0]) else one
     ours = _jobs([steered])[0]
-    known = np.concatenate([ours, *(_pool(*study)[1] for study in studies)])
+    known = np.concatenate([ours.ravel(), *(_pool(*study)[1] for study in studies)])
     known = known[np.isfinite(known)]
     if known.size == 0:
         raise BadInput("scores: every run of both sides failed; nothing can be compared")
@@ -146,7 +147,8 @@ def trials_to_match(
 
     rng = np.random.default_rng(seed)
     curves = np.array([(_came if ordered else _curve)(pool, top) for pool in pools])
-    targets = ours[rng.integers(ours.size, size=(resamples, ours.size))].mean(axis=1)
+    targets = ours[rng.integers(len(ours), size=(resamples, len(ours)))]
+    targets = targets.reshape(resamples, -1).mean(axis=1)
     if ordered or len(pools) > 1:
         drawn = curves[rng.integers(len(pools), size=(resamples, len(pools)))].mean(axis=1)
     else:

@@ -113,6 +113,23 @@ def test_later_runs_start_near_where_the_best_ended():
     assert all(10**-0.3 <= start / 3e-4 <= 10**0.3 for start in starts[1:])
 
 
+def test_a_run_after_one_that_switched_starts_in_the_first_optimizers_terms():
+    policy, starts = Scripted(([8] + [3] * 9) * 2), []
+    actions = replace(policy.manifest.actions, optimizers=("sgd",))
+    policy.manifest = policy.manifest.model_copy(update={"actions": actions})
+
+    def opened(task, seed, knobs):
+        starts.append((knobs.optimizer, knobs.rate))
+        return FakeJob(task, seed, knobs)
+
+    arena = Arena(Task("trec6", steps=20, interval=2), 0, 1e-4, 9, opened)
+    PolicyMethod(policy, runs=2).run(arena)
+    assert arena.trials[0].ended.optimizer == "sgd"
+    assert arena.trials[0].curve[0].decision == "sgd"
+    assert [name for name, _ in starts] == ["adamw", "adamw"]
+    assert 10**-0.3 <= starts[1][1] / 1e-4 <= 10**0.3
+
+
 def test_a_comparison_end_to_end(tiny_task, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", replace(tiny_task()))
     config = CompareConfig(

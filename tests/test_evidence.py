@@ -235,6 +235,14 @@ def test_losses_are_where_it_is_more_often_behind(good, bad):
     assert tpe[4:] == ("32", "0.0 %", "100.0 %", "5")  # after 1.2 runs it has its 0.50 only
 
 
+def test_ranks_are_told_of_seeds_not_of_their_starting_rates():
+    once = several(0.8)
+    again = [*once, *(o | {"start_rate": 1e-2} for o in once)]
+    ranks = measure(once, [TUNER])["ranks"]
+    assert ranks["blocks"] == 10
+    assert measure(again, [TUNER])["ranks"] == ranks
+
+
 def test_ranks_and_cliques_of_known_scores():
     rng = np.random.default_rng(0)
     base = rng.normal(size=(40, 1))

@@ -121,6 +121,19 @@ def test_interval_agrees_with_stats():
     assert got["high"] == pytest.approx(want.high, abs=0.12)
 
 
+def test_the_same_again_from_another_rate_is_no_further_evidence(summary):
+    once = several()
+    twice = report.summarise([*once, *(o | {"start_rate": 1e-2} for o in once)])
+    assert (twice["cells"], twice["trials"]) == (2 * summary["cells"], summary["trials"])
+    for one, two in zip(summary["methods"], twice["methods"], strict=True):
+        assert [two[key] for key in ("test", "chance", "chance_equal")] == [
+            one[key] for key in ("test", "chance", "chance_equal")
+        ]
+    assert twice["match"] == summary["match"]
+    scores = report.scores_of(report.table_of(once)["keep"])
+    assert [job.shape for job in scores] == [(4, 1)] * 2
+
+
 def test_the_end_of_the_budget_makes_no_trial_but_a_pruner_does():
     done, cut = trial(0.5), trial(0.4, state="pruned")
     assert report._whole([done, cut]) == [done]

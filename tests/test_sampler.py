@@ -98,6 +98,19 @@ def test_a_start_tells_with_which_head_it_was_found(tiny_task):
     assert study.trials[0].system_attrs["fixed_params"]["head"] == 10.0
 
 
+def test_a_start_is_what_was_in_force_not_what_the_run_was_opened_with(tiny_task):
+    actions = replace(
+        example("ppo").manifest.actions, optimizers=("sgd",), turns=(("head_rate", 3.0),)
+    )
+    switch, turn = actions.size - 2, actions.size - 1
+    pilot = Scripted([switch, turn, turn] + [actions.keep] * 20)
+    pilot.manifest = SimpleNamespace(actions=actions, decisions=10, features=())
+    (start,) = find_start(pilot, replace(tiny_task(), interval=2), rate=1e-3)
+    assert start.optimizer == "sgd"
+    assert start.rate == pytest.approx(12e-3)
+    assert start.head_rate in (3.0, 9.0)
+
+
 def test_runs_that_all_diverge_are_no_start():
     with pytest.raises(RunFailed, match="give a lower rate"):
         find_start(Scripted([3] * 99), TASK, rate=9.0, make_job=lambda *a: Diverging(*a))

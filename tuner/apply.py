@@ -27,7 +27,7 @@ from tuner.app import Terminated
 from tuner.callback import TunerCallback
 from tuner.judge import Judge, best_check, read_model
 from tuner.policy import Policy
-from tuner.restarts import Ended, best_run, next_start
+from tuner.restarts import Ended, best_run, next_start, opening_rate
 from tuner.settings import ApplyConfig
 
 Tick = Callable[[int, int, str], None]
@@ -195,7 +195,9 @@ def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, A
         trial = _trial(job, replace(knobs, rate=start), folder / f"trial-{number}", policy, words)
         trials.append({"trial": number, "start_rate": start} | trial)
         score = trial["selection"]  # None of a run that diverged at once
-        ended.append(Ended(-math.inf if score is None else score, trial["end_rate"]))
+        optimizer = trial.get("end_optimizer", knobs.optimizer)
+        rate = opening_rate(trial["end_rate"], optimizer, knobs.optimizer)
+        ended.append(Ended(-math.inf if score is None else score, rate))
     chosen = best_run(ended)
     origin = folder / f"trial-{chosen + 1}"
     with full_disk(folder):
@@ -231,9 +233,11 @@ def _trial(job: Bench, knobs: Knobs, folder: Path, policy: Policy, words: str) -
     def make() -> dict[str, Any]:
         run = _steered(job, knobs, folder, policy, words, judged=True)
         best = run["best"] or {"step": 0, "selection": None, "selection_loss": None}
+        rate, optimizer = _in_force(folder / "audit.jsonl", best["step"], knobs)
         return {
             "start_rate": knobs.rate,
-            "end_rate": _peak(folder / "audit.jsonl", best["step"], knobs.rate),
+            "end_rate": rate,
+            "end_optimizer": optimizer,
             **best,
             "start": run["start"],
             **run["final"],
@@ -254,7 +258,7 @@ def _steered(
     """A steered run; its curve, with the rate in force, goes to a file."""
     steered = _run(job, knobs, folder, policy, words, judged)
     for row in steered["curve"]:
-        row["rate"] = _peak(folder / "audit.jsonl", row["step"], knobs.rate)
+        row["rate"], _ = _in_force(folder / "audit.jsonl", row["step"], knobs)
     lines = "".join(json.dumps(row) + "\n" for row in steered.pop("curve"))
     write_atomic(folder / "curve.jsonl", lines.encode())
     return steered
@@ -340,14 +344,16 @@ def _run(
     return result | ({"best": best} if judged else {})
 
 
-def _peak(audit: Path, step: int, rate: float) -> float:
-    """The peak rate in force at the update that ended at ``step``."""
+def _in_force(audit: Path, step: int, knobs: Knobs) -> tuple[float, str]:
+    """The peak rate and the optimizer in force at the update that ended at ``step``."""
+    rate, optimizer = knobs.rate, str(knobs.optimizer)
     if audit.is_file():
         for line in audit.read_text().splitlines():
             decision = json.loads(line)
             if decision["step"] < step:
                 rate = float(decision["applied"]["rate"])
-    return rate
+                optimizer = decision["applied"]["optimizer"] or optimizer
+    return rate, optimizer
 
 
 def _accuracy(trainer: Trainer, rows: workload.Tokens) -> float:

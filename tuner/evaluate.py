@@ -26,7 +26,7 @@ from tuner.ablations import Ablation, Opened, RandomActions, Rule, Shuffled
 from tuner.audit import Pilot
 from tuner.guard import limits_of, within
 from tuner.policy import Policy
-from tuner.restarts import Ended, next_start
+from tuner.restarts import Ended, next_start, opening_rate
 from tuner.settings import CompareConfig
 from tuner.steer import Helm
 
@@ -72,18 +72,19 @@ class PolicyMethod:
             policy = self.policy
             pilot = policy.pilot(arena.seed, number) if isinstance(policy, Ablation) else policy
             start = next_start(ended, arena.seed) if ended else arena.start_rate
-            trial, rate = steer(arena, pilot, start, self.mode)
+            trial = steer(arena, pilot, start, self.mode)
+            knobs = trial.ended or trial.knobs
+            rate = opening_rate(knobs.rate, knobs.optimizer, trial.knobs.optimizer)
             ended.append(Ended(trial.selection, rate))
 
 
-def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, float]:
-    """One steered run -> its trial, and the peak rate in force at the best checkpoint."""
+def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> Trial:
+    """One steered run: a trial."""
     limits, actions, task = limits_of(mode), policy.manifest.actions, arena.task
     knobs = opened(Knobs(rate=start), within(actions, limits))
     job = arena.open(knobs)
     knobs = knobs.having(head_rate=job.knobs.head_rate)  # a model without a new head has none
     best, curve, state = Best(), list[Point](), "complete"
-    ended = start
     own = tuple(name for name in DIALS if getattr(job.knobs, name) is not None)
     switch = task.objective == "classification"
     helm = Helm(policy, replace(limits, switch=switch, turns=own), start)
@@ -102,8 +103,7 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
             if math.isfinite(loss) and loss < lowest:
                 lowest, snapshot = loss, job.snapshot()
             score = job.evaluate("selection")
-            if best.offer(score, job):
-                ended = job.knobs.rate
+            best.offer(score, job)
             words = _words(ruling.decision, job.knobs.rate / before.rate)
             curve.append(
                 point(
@@ -117,7 +117,7 @@ def steer(arena: Arena, policy: Pilot, start: float, mode: str) -> tuple[Trial, 
         if curve:
             arena.hand_in(job, best, curve, "pruned", knobs)
         raise
-    return arena.hand_in(job, best, curve, state, knobs), ended
+    return arena.hand_in(job, best, curve, state, knobs)
 
 
 def make_method(name: str) -> Method:
@@ -302,6 +302,8 @@ def _words(decision: Decision, factor: float) -> str:
         return "rollback"
     if decision.turns:
         return ", ".join(map(label, decision.turns))
+    if decision.optimizer:
+        return decision.optimizer
     return "keep" if abs(factor - 1) < 1e-9 else f"x{factor:.2g}"
 
 

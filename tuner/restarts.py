@@ -5,16 +5,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from envs.knobs import RATE_CEILING, RATE_FLOOR
+from envs.knobs import RATE_CEILING, RATE_FLOOR, exchange
 
 SPREAD = 0.3  # decades around the best run's rate
 
 
 class Ended(NamedTuple):
-    """A steered run: selection score, and the peak rate in force at its best checkpoint."""
+    """A steered run: selection score, and the peak rate in force at its best checkpoint.
+
+    The rate is `opening_rate`'s, as the next run is opened with that optimizer again.
+    """
 
     selection: float
     rate: float
+
+
+def opening_rate(rate: float, optimizer: str, opened: str) -> float:
+    """A rate of one optimizer as that which the run was opened with would have it."""
+    return rate / exchange(opened, optimizer, 1, "full")
 
 
 def best_run(ended: Sequence[Ended]) -> int:

@@ -49,7 +49,7 @@ class Start:
     """Settings of a run to begin a search from; ``rate`` is a peak rate, ``shape`` its schedule.
 
     ``head_rate``: times the rate, for a classifier's head, with which a rate was found.
-    Of a steered run: the peak rate in force at its best checkpoint, and the selection score of
+    Of a steered run: what was in force at its best checkpoint, and the selection score of
     that. Or settings of one's own, for example a rate from the summary of `steersman apply`.
     """
 
@@ -75,6 +75,7 @@ def find_start(
 ) -> tuple[Start, ...]:
     """Where steered runs of a task ended, the best first. Costs ``runs`` fine-tuning runs.
 
+    A rate is that of the start's ``optimizer``: with a policy that may switch, name both.
     The first run starts at ``rate``, by default a rule of thumb for the model's size; further
     ones as `tuner.restarts` has it. Runs without a finite checkpoint are left out; `RunFailed`
     if none is left. The task's test split is left for the end of the search.
@@ -94,13 +95,11 @@ def find_start(
 
 def _ends(trial: Trial) -> list[Start]:
     """The settings at a trial's best checkpoint, if it had one."""
-    sound = [point for point in trial.curve if math.isfinite(point.selection_loss)]
-    if not sound:
+    if not math.isfinite(trial.selection_loss):
         return []
-    best = max(sound, key=lambda point: (point.selection, -point.selection_loss))
-    knobs = trial.knobs
+    knobs = trial.ended or trial.knobs
     head = knobs.head_rate or 1.0
-    return [Start(best.rate, knobs.shape, knobs.optimizer, best.selection, head)]
+    return [Start(knobs.rate, knobs.shape, knobs.optimizer, trial.selection, head)]
 
 
 def warm_start(
