@@ -111,25 +111,24 @@ def compare(
     ledger.plan((cell.key, cell.description) for cell in cells)
     pending = set(ledger.pending())
     todo = sorted((c for c in cells if c.key in pending), key=lambda c: -c.size)
-    done, failed = len(cells) - len(todo), 0
+    done, before = len(cells) - len(todo), ledger.failures()
     how = Plan("cuda" if torch.cuda.is_available() else "cpu", pack, compiled=compiled)
     groups = list(_groups(todo, pack if make_job is open_job else 1))
-    with closing(each(partial(_attempt, ledger, make_job, how), groups, workers)) as work:
+    with closing(each(partial(_attempt, ledger, make_job, how, before), groups, workers)) as work:
         for group, status in work:
             for cell in group:
                 if isinstance(status, Lost):
                     ledger.fail(cell.key, str(status))
                 done += 1
-                failed += isinstance(status, Lost) or cell.key in status
                 if on_cell is not None:
                     on_cell(done, len(cells), cell.description)
-    if failed:
-        reasons = ledger.failures()
-        first = next(cell for cell in cells if cell.key in reasons)
+    reasons = ledger.failures()  # of cells that no other process has brought to an end
+    if failed := [cell for cell in cells if cell.key in reasons]:
+        first = failed[0]
         raise RunFailed(
-            f"{ledger.path}: {failed} of {len(cells)} cells failed; the first, {first.method.name} "
-            f"on {first.task.name} with seed {first.seed}: {reasons[first.key][1]}; the others are "
-            "kept: mend it and run again"
+            f"{ledger.path}: {len(failed)} of {len(cells)} cells failed; the first, "
+            f"{first.method.name} on {first.task.name} with seed {first.seed}: "
+            f"{reasons[first.key][1]}; the others are kept: mend it and run again"
         )
     return outcomes(ledger, {cell.key for cell in cells})
 
@@ -154,6 +153,7 @@ def plan(
     for seed in seeds:
         if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
             raise BadInput(f"comparison: seeds: {seed!r}; give whole numbers >= 0")
+    libraries = {name: version(name) for name in ("torch", "transformers")}
     job, cells = describe(make_job), []
     for method in methods:
         identity = describe(method) | {"name": method.name}
@@ -165,6 +165,7 @@ def plan(
                 description = {
                     "method": identity, "task": asdict(task), "seed": seed, "runs": runs,
                     "decades": decades, "start_rate": rate, "job": job, "code": code, "data": data,
+                    "libraries": libraries,
                 }  # fmt: skip
                 if offset is not None:  # else unsaid: known cells keep their keys
                     description["offset"] = offset
@@ -307,20 +308,29 @@ def _groups(cells: Sequence[Cell], pack: int) -> Iterator[tuple[Cell, ...]]:
 
 
 def _attempt(
-    ledger: Ledger, make_job: MakeJob, how: Plan, cells: tuple[Cell, ...]
-) -> set[str] | None:
-    """Keys of those that failed (recorded), or None: another process has one of the cells."""
+    ledger: Ledger,
+    make_job: MakeJob,
+    how: Plan,
+    before: Mapping[str, tuple[int, str]],
+    cells: tuple[Cell, ...],
+) -> bool | None:
+    """Whether all have been tried (failures are recorded), or None: another process has some.
+
+    before: the ledger's failures when the comparison began; what failed since is not tried again.
+    """
+
+    def untried() -> list[Cell]:
+        failed, left = ledger.failures(), set(ledger.pending())
+        return [c for c in cells if c.key in left and failed.get(c.key) == before.get(c.key)]
+
     with ExitStack() as claims:
-        mine = [cell for cell in cells if claims.enter_context(ledger.claim(cell.key))]
-        failed = set()
+        mine = [cell for cell in untried() if claims.enter_context(ledger.claim(cell.key))]
         for cell, outcome in zip(mine, run_cells(mine, make_job, how) if mine else [], strict=True):
             if isinstance(outcome, str):
                 ledger.fail(cell.key, outcome)
-                failed.add(cell.key)
             else:
                 ledger.commit(cell.key, outcome)
-    others = {cell.key for cell in cells} - {cell.key for cell in mine}
-    return None if others & set(ledger.pending()) else failed
+    return None if untried() else True
 
 
 @contextmanager

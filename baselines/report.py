@@ -103,10 +103,13 @@ def verdict(summary: Mapping[str, Any]) -> str:
         gain = row["test"]["point"] - own["point"]
         word = "more" if gain > 0 else "less" if gain < 0 else "neither more nor less"
         apart = row["test"]["low"] > own["high"] or row["test"]["high"] < own["low"]
+        doubt = ", with intervals that overlap"
+        if len(summary["seeds"]) == 1:  # then an interval has no width
+            apart, doubt = False, ", with one seed, which cannot tell it from luck"
         said.append(
             f"The user's own schedule from the same starting rates reached {spread(own)}: steering "
             f"brought {f'{abs(gain) * 100:.1f} points ' if gain else ''}{word}"
-            f"{'' if apart else ', with intervals that overlap'}."
+            f"{'' if apart else doubt}."
         )
     worth = sorted((m["median"]["point"], search) for search, m in summary["match"].items())
     if worth:

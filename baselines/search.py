@@ -4,7 +4,8 @@ import importlib.util
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -91,6 +92,11 @@ class Search:
         only = None if self.optimizers == OPTIMIZERS else "-".join(self.optimizers)
         parts = (self.sampler, "knots" if self.knots else None, only, self.pruner)
         return "+".join(part for part in parts if part)
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings and its packages' versions."""
+        packages = ("optuna", "cmaes") if self.sampler == "cmaes" else ("optuna",)
+        return asdict(self) | {"versions": {name: version(name) for name in packages}}
 
     def run(self, arena: Arena) -> None:
         """Trials until `BudgetSpent`."""

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from baselines.compare import outcomes
 from baselines.ledger import Ledger
 from envs.files import write_atomic
 from tuner.benchmark import finished
+from tuner.evaluate import shown
 from tuner.suites import SUITES
 
 Raw = Mapping[str, Any]  # a suite's description, and its ``outcomes``
@@ -28,7 +28,7 @@ def gather(run: Path) -> dict[str, Raw]:
     found: dict[str, Raw] = dict(finished(run, SUITES))
     if (path := run / "fixed.sqlite").is_file():
         purpose = "Settings on the training tasks, of which `fixed` and `list` were chosen."
-        found[CHOICE] = {"purpose": purpose, "outcomes": outcomes(Ledger(path))}
+        found[CHOICE] = {"purpose": purpose, "outcomes": shown(Ledger(path))}
     return found
 
 

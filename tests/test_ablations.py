@@ -18,6 +18,7 @@ from envs.knobs import Actions, Knobs, decode
 from envs.observe import SIZE, space
 from envs.task import TASKS
 from tuner.ablations import Opened, RandomActions, Rule, Shuffled, pool
+from tuner.audit import lead
 from tuner.evaluate import PolicyMethod, ablations, run_comparison, write_report
 from tuner.policy import PLACES
 from tuner.settings import CompareConfig
@@ -93,6 +94,27 @@ def test_the_rule_brings_a_misjudged_run_to_the_reference_under_the_guard(decade
     PolicyMethod(Rule()).run(arena)
     rates = [point.rate for point in arena.trials[0].curve]
     assert rates[3:] == pytest.approx([OPTIMUM] * 7, rel=0.15)
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_actions_of_ablations_are_of_the_policys_view(rollback):
+    actions = Actions("continuous", rollback=rollback)
+    kept = decode(Opened(actions).pilot(0).act(seen()), actions)
+    assert (kept.multiplier, kept.rollback) == (1.0, False)
+    decode(RandomActions(actions).pilot(0).act(seen()), actions)
+
+
+def test_a_shuffled_policy_has_the_odds_of_what_it_was_dealt():
+    """So that mode careful holds it to the same lead as the policy."""
+    policy = example("ppo")
+    pilot = Shuffled(policy).pilot(0)
+    odds = set()
+    for _ in range(20):
+        chosen = pilot.act(seen())
+        odds.add(found := lead(pilot, seen(), policy.manifest.actions))
+        assert (found == 0) == (chosen == policy.manifest.actions.keep)
+    assert len(odds) > 2
+    assert lead(RandomActions(Actions()).pilot(0), seen(), Actions()) is None
 
 
 @pytest.mark.parametrize("view", ["discrete", "continuous"])

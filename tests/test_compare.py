@@ -150,6 +150,36 @@ def test_a_cell_that_raises_is_recorded_and_the_others_go_on(ledger, tmp_path):
     assert len(lines(tmp_path / "log")) == 2, "only what failed is tried again"
 
 
+def test_what_fails_here_and_another_process_brings_to_an_end_has_not_failed(ledger, tmp_path):
+    """Both run one ledger, and the other's memory sufficed."""
+    other = Ledger(ledger)
+
+    def finish(done, total, cell):
+        for key in other.pending():
+            assert other.commit(key, {"method": "keep", "task": "fake", "seed": 9})
+
+    broken = Opener(str(tmp_path / "log"), broken=(0,))
+    found = run(ledger, [Keep()], [TASK], (0, 1), make_job=broken, on_cell=finish)
+    assert [outcome["seed"] for outcome in found] == [9, 9]
+    assert len(lines(tmp_path / "log")) == 1
+
+
+def test_a_cell_that_failed_is_not_tried_at_every_poll(ledger, tmp_path):
+    """Another process holds its neighbour for some time."""
+    cells = plan([Keep()], [TASK], (0, 1), runs=2, decades=1.5,
+                 make_job=Opener(str(tmp_path / "log")))  # fmt: skip
+    shared = Ledger(ledger)
+    shared.plan((cell.key, cell.description) for cell in cells)
+    broken = Opener(str(tmp_path / "log"), broken=(0,))
+    attempt = partial(module._attempt, shared, broken, module.Plan("cpu", 1), {}, tuple(cells))
+    with shared.claim(cells[1].key):
+        assert attempt() is None
+        assert attempt() is None
+    assert attempt() is True
+    assert len(lines(tmp_path / "log")) == 2
+    assert shared.pending() == [cells[0].key]
+
+
 def test_a_method_that_hands_in_nothing_has_failed(ledger):
     with pytest.raises(RunFailed, match="handed in no trial"):
         run(ledger, methods=[Keep()], runs=0.01)

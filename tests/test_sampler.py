@@ -288,7 +288,6 @@ def test_bad_beginnings_are_one_sentence(begin, found, names, said):
 
 
 @pytest.mark.parametrize(("names", "space", "said"), [
-    ({"rate": "learning_rat"}, SPACE, "Did you mean 'learning_rate'"),
     ({"rate": "decay"}, SPACE, "log=True"),
     ({"rate": "schedule"}, SPACE, "log=True"),
     ({"optimizer": "schedule"}, SPACE, "leave 'optimizer' out of names"),
@@ -302,6 +301,49 @@ def test_names_that_do_not_fit_the_study_are_one_sentence(names, space, said):
     assert not study.trials
     with pytest.raises(BadInput, match=said):
         run(SteersmanSampler(FOUND, names=names), 1)
+
+
+def test_a_name_that_no_trial_has_had_is_told(tmp_path):
+    said = "Did you mean 'learning_rate'"
+    names = {"rate": "learning_rat"}
+    with pytest.raises(BadInput, match=said):
+        warm_start(study_of(), FOUND, names, SPACE)
+    with pytest.warns(UserWarning, match=said):
+        run(SteersmanSampler(FOUND, names=names, seed=0), 1)
+
+
+def test_a_conditional_space_may_leave_out_what_was_named():
+    """Optimizers without a rate, for one."""
+
+    def one(trial):
+        if trial.suggest_categorical("kind", ["adafactor", "adamw"]) == "adafactor":
+            return 0.0
+        return trial.suggest_float("learning_rate", 1e-6, 1e-1, log=True)
+
+    study = study_of(SteersmanSampler(FOUND, RandomSampler(seed=0), trials=8, seed=0))
+    study.enqueue_trial({"kind": "adamw"})
+    study.optimize(one, n_trials=12)
+    had = ["learning_rate" in trial.params for trial in study.trials]
+    assert had[0]
+    assert not all(had)
+    adafactor = study_of()
+    adafactor.add_trial(study.trials[had.index(False)])
+    with pytest.warns(UserWarning, match="no trial so far"):
+        assert warm_start(adafactor, FOUND)
+
+
+def test_a_base_sampler_that_stays_with_its_first_space_gets_all_of_it():
+    """CMA-ES draws nothing itself otherwise, to the end of the study."""
+
+    def one(trial):
+        rate = trial.suggest_float("learning_rate", 1e-6, 1e-1, log=True)
+        return -sum(trial.suggest_float(name, -1.0, 1.0) ** 2 for name in "xy") - rate
+
+    base = optuna.samplers.CmaEsSampler(seed=0, warn_independent_sampling=False)
+    study = study_of(SteersmanSampler(FOUND, base, trials=5, seed=0))
+    study.optimize(one, n_trials=12)
+    by_cma = ["cma:generation" in trial.system_attrs for trial in study.trials]
+    assert by_cma == [False] * 5 + [True] * 7
 
 
 def test_bad_settings_are_refused():

@@ -1,7 +1,9 @@
 """Ablations: what takes a policy's place to show what it owes to learning and to its eyes.
 
 Each is a value that makes a `Pilot` for one run: a pilot may remember its run, a value does not.
-All of them steer through the same `Helm` and the same guard as a policy.
+All of them steer through the same `Helm` and the same guard as a policy. In mode careful that lets
+a policy act only where it clearly prefers to; the shuffled one is held to the same, and those that
+prefer nothing, random actions and the rule, act whenever they wish.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,7 @@ class Manifest:
 
     actions: Actions
     features: tuple[()] = ()
+    algorithm: str = ""  # whose scores a pilot has
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Stand:
     sha256: str = ""
     strange: Callable[[ArrayLike], list[str]] = field(default=lambda observation: [])
     objectives: frozenset[str] = frozenset()  # none: it has a say everywhere
+    scores: Callable[[ArrayLike], NDArray[np.floating[Any]]] | None = None  # of the last choice
 
     def act(self, observation: ArrayLike) -> Action:
         """(SIZE,) -> an action."""
@@ -93,14 +97,18 @@ class Shuffled:
     def pilot(self, seed: int, number: int = 0) -> Pilot:
         """For run ``number`` of the cell with that seed."""
         rng, seen = np.random.default_rng([seed, number, 3]), pool(self.policy)
+        dealt = seen[0]
 
         def choose(observation: Observation) -> Action:
-            return self.policy.act(seen[rng.integers(len(seen))])
+            nonlocal dealt
+            dealt = seen[rng.integers(len(seen))]
+            return self.policy.act(dealt)
 
-        manifest = Manifest(self.policy.manifest.actions)
+        manifest = self.policy.manifest
         return Stand(
-            manifest, choose, self.policy.sha256, self.policy.outside, self.policy.objectives
-        )
+            Manifest(manifest.actions, algorithm=manifest.algorithm), choose, self.policy.sha256,
+            self.policy.outside, self.policy.objectives, lambda _: self.policy.scores(dealt),
+        )  # fmt: skip
 
 
 def pool(policy: Policy) -> Observation:
@@ -126,7 +134,9 @@ class Opened:
 
     def pilot(self, seed: int, number: int = 0) -> Pilot:
         """For one run; it draws nothing."""
-        keep: Action = self.actions.keep if self.actions.view == "discrete" else _decades(0.0)
+        keep: Action = self.actions.keep
+        if self.actions.view == "continuous":
+            keep = np.zeros(self.actions.size, np.float32)
         return Stand(Manifest(self.actions), lambda observation: keep)
 
 

@@ -1,18 +1,16 @@
 """The benchmark: the suites' comparisons, one after another in folders of their own."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.compare import outcomes
 from baselines.ledger import Ledger
 from baselines.method import Method
 from envs.errors import RunFailed
 from envs.files import make_folder
 from envs.knobs import Knobs
-from tuner.evaluate import LEARNED, SHOWN, Tick, learn, names_of, run_comparison, size
+from tuner.evaluate import LEARNED, Tick, learn, names_of, run_comparison, shown, size
 from tuner.policy import Policy
 from tuner.settings import CompareConfig
 from tuner.suites import PLAN, Scale, Suite
@@ -103,5 +101,5 @@ def finished(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         ledger = Ledger(path) if path.is_file() else None
         about = ledger.meta(_FINISHED) if ledger else None
         if ledger and about:
-            found[name] = about | {"outcomes": outcomes(ledger, json.loads(ledger.meta(SHOWN)))}
+            found[name] = about | {"outcomes": shown(ledger)}
     return found

@@ -173,9 +173,18 @@ def run_comparison(
         )
         before += len(known)
         found += known
-    keys = json.dumps([key_of(outcome["cell"]) for outcome in found])
-    Ledger(out / "ledger.sqlite").set_meta(SHOWN, keys)
+    _show(out / "ledger.sqlite", found)
     return found
+
+
+def shown(ledger: Ledger) -> list[dict[str, Any]]:
+    """Outcomes of a ledger's latest comparison; all where it does not say."""
+    keys = ledger.meta(SHOWN)
+    return outcomes(ledger, None if keys is None else json.loads(keys))
+
+
+def _show(ledger: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    Ledger(ledger).set_meta(SHOWN, json.dumps([key_of(outcome["cell"]) for outcome in found]))
 
 
 def size(config: CompareConfig, policies: Sequence[Policy]) -> int:
@@ -266,6 +275,7 @@ def learn(config: CompareConfig, out: Path, tick: Tick) -> dict[str, Method]:
         compiled=config.compile,
         on_cell=lambda done, total, cell: tick(done, total, "best fixed setting"),
     )
+    _show(out / "fixed.sqlite", found)
     makes: dict[str, Callable[..., Method]] = {"fixed": best_fixed, "list": best_list}
     return {name: makes[name](candidates, found) for name in asked}
 
@@ -283,9 +293,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     ]  # fmt: skip
     config = folder / "config.json"
     facts = json.loads(config.read_text()) if config.is_file() else {}
-    ledger = Ledger(path)
-    shown = ledger.meta(SHOWN)
-    found = list(outcomes(ledger, None if shown is None else json.loads(shown)))
+    found = shown(Ledger(path))
     table = report.table_of(found)
     beyond = {"normalised": normalised(table), "ranks": ranks(table)}
     return report.write(

@@ -12,6 +12,7 @@ For those who must search all the same, and want to search less::
 
 import math
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,8 +119,12 @@ def warm_start(
     found, names = _checked("warm_start", found, names)
     known = _seen(study) if space is None else space
     for name in names.values():
-        if known and name not in known:
-            raise UnknownName("parameter", name, known)
+        if not known or name in known:
+            continue
+        unknown = UnknownName("parameter", name, known)
+        if space is not None:
+            raise unknown
+        warnings.warn(f"warm_start: names: no trial so far has had it: {unknown}", stacklevel=2)
     enqueued = []
     for start in found:
         params = {
@@ -174,14 +179,21 @@ class SteersmanSampler(BaseSampler):
         self._base.reseed_rng()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
-        """The base sampler's; in the first trials without what is drawn here."""
-        space = self._base.infer_relative_search_space(study, trial)
-        return {name: space[name] for name in space if not self._drawn_here(trial, name)}
+        """The base sampler's; none in the first trials.
+
+        A part of a space would be the whole of it to a sampler that stays with the first one it
+        has seen (CMA-ES).
+        """
+        if trial.number < self._trials:
+            return {}
+        return self._base.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]
     ) -> dict[str, Any]:
-        """The base sampler's."""
+        """The base sampler's; nothing in the first trials."""
+        if trial.number < self._trials:
+            return {}
         drawn: dict[str, Any] = self._base.sample_relative(study, trial, search_space)
         return drawn
 
@@ -204,11 +216,12 @@ class SteersmanSampler(BaseSampler):
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """The base sampler's; a study that never asks for what was named ends with a sentence."""
+        """The base sampler's; it warns where no trial so far has had what was named."""
         self._base.after_trial(study, trial, state, values)
         early = trial.number < self._trials and state == TrialState.COMPLETE
-        if early and not self._settings.keys() & trial.params.keys():
-            raise UnknownName("parameter", next(iter(self._settings)), trial.params)
+        if early and not self._settings.keys() & _seen(study).keys():
+            unknown = UnknownName("parameter", next(iter(self._settings)), trial.params)
+            warnings.warn(f"sampler: names: {unknown}", stacklevel=2)
 
     def _drawn_here(self, trial: FrozenTrial, name: str) -> bool:
         return trial.number < self._trials and name in self._settings
