@@ -38,10 +38,11 @@ alone; `--again` makes all of it from the outcomes that are kept (what the train
 took is from `tuner.json`). The policies that took part are in `benchmarks/results/policies`. A
 suite that has not been run to its end is not measured.
 
-- A method's result in a cell (a job and a seed) is the test accuracy of its selection-best trial,
-  or the metric of another objective (`docs/objectives.md`; of likelihoods, one over perplexity).
-  Test rows are read once, by the referee. In a cell all methods have the same initial weights, data
-  order and misjudged starting rate, and every update and evaluated row is charged.
+- A method's result in a cell (a job, a seed and a starting rate) is the test accuracy of its
+  selection-best trial, or the metric of another objective (`docs/objectives.md`; of likelihoods,
+  one over perplexity). Test rows are read once, by the referee. In a cell all methods have the same
+  initial weights, data order and misjudged starting rate, and every update and evaluated row is
+  charged.
 - **Trials to match**: the smallest N for which the expected test score of the selection-best of N
   trials reaches that of one steered run, by the order statistics of all trials of a searcher, which
   is unbiased where trials are exchangeable (random search). "> 32" is more than were tried. TPE
@@ -58,12 +59,13 @@ suite that has not been run to its end is not measured.
   is less; with two or three seeds the deviation says little. Runs of one schedule that differ in
   their seed alone pass that bar often: that share is given beside it, where it was measured, and so
   is the share that is worse by both. Shares have exact binomial intervals; all others are 95 %
-  bootstrap intervals that draw seeds again within jobs, and for trials to match steered seeds and
-  whole studies: with two or three of them they are too narrow. One agent stands for its kind in
-  all suites but `agents`. The other seed's run has another head and another order of rows, too,
-  which a steered run shares with `keep`.
+  bootstrap intervals that draw seeds again within jobs, each with all its starting rates, and for
+  trials to match steered seeds and whole studies: with two or three of them they are too narrow.
+  One agent stands for its kind in all suites but `agents`. The other seed's run has another head
+  and another order of rows, too, which a steered run shares with `keep`.
 - **Diverged** is a run whose loss is no longer finite. There is none in any suite, searches at
-  rates up to 2 included, so beside it stands the worst loss that a run ended with.
+  rates up to 2 included, so beside it stands the worst loss that a run ended with. A search takes
+  no rate from the user: where a suite has several, it is one search, and counts once.
 - **Arms of the benchmark.** `fixed` and `list` were learned, too: of 60 settings on the six
   training tasks, three seeds, the one with the best mean rank, and those that help those before
   them most. `tpe+adamw` searches in the tuner's own reach; other searches have SGD and RMSprop as
@@ -76,9 +78,9 @@ suite that has not been run to its end is not measured.
   be needed than were tried; `list` and `fixed` need no search either, and against them there is
   little or nothing to save. Seconds are those of eight runs computed together, shared out by rows:
   what a policy, a sampler or an optimizer takes beyond them is spread over its pack.
-- **Mean ranks** are over cells; bars join methods that Wilcoxon's signed-rank test, adjusted after
-  Holm, does not tell apart, and are left out where the cells are too few to tell any two apart.
-  Cells of one job count as independent, which they are only in part.
+- **Mean ranks** are over seeds of jobs; bars join methods that Wilcoxon's signed-rank test,
+  adjusted after Holm, does not tell apart, and are left out where seeds are too few to tell any two
+  apart. Seeds of one job count as independent, which they are only in part.
 """
 LOSES = """## Where the tuner loses
 
