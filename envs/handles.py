@@ -166,6 +166,10 @@ class Handles:
         if knobs.head_rate is not None and new("head_rate"):
             self._lift.put(knobs.head_rate)
 
+    def arm(self) -> None:
+        """The optimizer's next step is an update of the run: a head's rate holds for it."""
+        self._lift.arm()
+
     def settle(self, scale: float | None) -> None:
         """Give LoRA's scaling back, with what the adapters add as it is under ``scale``."""
         if scale not in (None, 1.0):

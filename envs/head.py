@@ -29,12 +29,15 @@ def lifted(parameters: Sequence[nn.Parameter], times: float | None) -> Iterator[
 
 
 class Lift:
-    """The same for an optimizer that another loop calls; its hooks come off with `close`."""
+    """The same for an optimizer that another loop calls; its hooks come off with `close`.
+
+    Only updates that `arm` announces: of one who is gone without a word, the hooks do nothing.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Any) -> None:
         self.parameters, self.times = parameters, 1.0
         self._optimizer, self._hooks = optimizer, list[Any]()
-        self._before: list[Tensor] = []
+        self._armed, self._before = False, list[Tensor]()
 
     @property
     def able(self) -> bool:
@@ -57,18 +60,22 @@ class Lift:
                 self._optimizer.register_step_post_hook(self._lengthen),
             ]
 
+    def arm(self) -> None:
+        """The optimizer's next step is an update of the run."""
+        self._armed = True
+
     def close(self) -> None:
         """Leave the optimizer as it was found."""
         for hook in self._hooks:
             hook.remove()
-        self.times, self._hooks, self._before = 1.0, [], []
+        self.times, self._hooks, self._armed, self._before = 1.0, [], False, []
 
     def _note(self, *_: Any) -> None:
-        self._before = _copies(self.parameters) if self.times != 1 else []
+        self._before = _copies(self.parameters) if self._armed and self.times != 1 else []
 
     def _lengthen(self, *_: Any) -> None:
         _stretch(self.parameters, self._before, self.times)
-        self._before = []
+        self._armed, self._before = False, []
 
 
 def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -3,7 +3,8 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,18 @@ class Rates:
                 group["lr"] = value
         scheduler._last_lr = rates
 
-    def leave(self) -> None:
-        """The user's peak rates again, if somebody goes on with the schedule."""
-        self._scheduler.base_lrs = [*self.base]
+    def leave(self, *, loaded: bool = False) -> None:
+        """The user's rates again, if somebody goes on with the schedule.
+
+        loaded: a checkpoint has set the rate in force since. It is left alone then, as is one that
+        another schedule has set.
+        """
+        scheduler = self._scheduler
+        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+        if loaded or not all(map(math.isclose, rates, scheduler.get_last_lr())):
+            scheduler.base_lrs = [*self.base]
+        else:
+            self.put(self.start)
 
 
 class Eyes:
@@ -225,7 +235,12 @@ class Eyes:
 
 
 class Slice:
-    """The first rows of a dataset, evaluated without a trace: no random number is used up."""
+    """The first rows of a dataset, evaluated without a trace: no random number is used up.
+
+    Nor one of the collator's own, where it can be copied. An optimizer with modes, as a
+    schedule-free one, is asked for the weights that it would hand over: it is these that the user
+    gets. Its way back rounds, so the weights are put back to the bit.
+    """
 
     def __init__(self, dataset: Any, rows: int, batch: int, trainer: Any = None) -> None:
         """trainer: computes the losses, its own way, where the model's output has none."""
@@ -241,11 +256,12 @@ class Slice:
         device = next(model.parameters()).device
         with _aside(model), torch.no_grad(), _metrics_of(self._trainer):
             if not self._batches:
-                self._batches = list(self._collated(loader))
-            for switch in ("eval", "train"):
-                getattr(optimizer, switch, lambda: None)()
-                if switch == "eval":
-                    losses = [self._one(model, batch, device) for _, batch in self._batches]
+                data = getattr(loader, "dataset", None)
+                shared = (*model.modules(), optimizer, self._trainer, data)
+                collate = _copied(loader.collate_fn, shared)
+                self._batches = list(self._collated(loader, collate))
+            with _handed_over(optimizer):
+                losses = [self._one(model, batch, device) for _, batch in self._batches]
         if any(loss is None for loss in losses):
             return None
         counts = [count for count, _ in self._batches]
@@ -261,14 +277,16 @@ class Slice:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         return _loss(model(**moved))
 
-    def _collated(self, loader: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _collated(
+        self, loader: Any, collate: Callable[[Any], Any]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         names = getattr(getattr(loader, "dataset", None), "column_names", None)
         count = min(self._rows, len(self._dataset))
         for start in range(0, count, self._size):
             rows = [self._dataset[i] for i in range(start, min(start + self._size, count))]
             if names:
                 rows = [{k: row[k] for k in row if k in names} for row in rows]
-            yield len(rows), loader.collate_fn(rows)
+            yield len(rows), collate(rows)
 
 
 @contextmanager
@@ -282,6 +300,35 @@ def _aside(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _copied(collate: Callable[[Any], Any], shared: Iterable[Any]) -> Callable[[Any], Any]:
+    """A collator whose generator may be used up; itself where it cannot be copied.
+
+    shared: what it may hold that is not copied with it, as a model.
+    """
+    try:
+        return copy.deepcopy(collate, {id(each): each for each in shared})
+    except Exception:
+        return collate
+
+
+@contextmanager
+def _handed_over(optimizer: Any) -> Iterator[None]:
+    """The weights that an optimizer with modes would hand over; afterwards those it trains."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's own modes are no sign
+    if not any(hasattr(each, "eval") for each in (inner, getattr(inner, "optimizer", inner))):
+        yield
+        return
+    weights = [local(p) for group in optimizer.param_groups for p in group["params"]]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        if not all(map(torch.equal, weights, before)):  # else it was asked in that mode
+            optimizer.train()
+            torch._foreach_copy_(weights, before)
 
 
 @contextmanager
@@ -317,22 +364,29 @@ def _is_share(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
     return one is not None and two is not None and bool(two < 0.75 * one)
 
 
-def write_weights(path: Path, step: int, sample: Tensor | None, weights: Snapshot) -> None:
-    """Keep a snapshot, and the gradient sample of an interval that is nearly full."""
+def write_weights(
+    path: Path, mark: Mapping[str, str], sample: Tensor | None, weights: Snapshot
+) -> None:
+    """Keep a snapshot, and the gradient sample of an interval that is nearly full.
+
+    mark: what tells the file from those of other checkpoints.
+    """
     tensors = {f"weight{i}": weight for i, weight in enumerate(weights)}
     if sample is not None:
         tensors["gradient"] = sample
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(tensors, {"step": str(step)}))
+    write_atomic(path, safetensors.torch.save(tensors, dict(mark)))
 
 
-def read_weights(path: Path, step: int, eyes: Eyes) -> tuple[Tensor | None, Snapshot | None]:
+def read_weights(
+    path: Path, mark: Mapping[str, str], eyes: Eyes
+) -> tuple[Tensor | None, Snapshot | None]:
     """The gradient sample and the weights of `write_weights`; None where they are not there."""
     if not path.is_file():
         return None, None
     try:
         with safetensors.safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("step") != str(step):
+            if (file.metadata() or {}) != mark:
                 return None, None
             names = file.keys()
             tensors = {name: file.get_tensor(name).to(eyes.device) for name in names}

@@ -326,6 +326,7 @@ class _Pace(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are in and clipped."""
+        self._handles.arm()
         if self._eyes.watching:
             self.probe.gradient(self._eyes.gradient(self._optimizer))
             if state.global_step + 1 == self.until:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -63,7 +64,9 @@ class TunerCallback(TrainerCallback, ExportableState):
     The user's schedule runs on; every ``ceil(max_steps / decisions)`` updates the policy may scale
     it, within the limits of the mode. Training losses and gradients are read by hooks; validation
     losses are the user's evaluations, or those of ``eval_dataset``'s first ``eval_rows`` rows,
-    evaluated by the callback before each decision. Resuming from a checkpoint is exact.
+    evaluated by the callback before each decision. Resuming from a checkpoint is exact, if it lies
+    in ``output_dir`` or is named by the arguments' ``resume_from_checkpoint``: elsewhere the best
+    weights so far, which a rollback comes back to, are not found, and the log says so.
 
     With several processes (DDP, FSDP2) rank 0 decides on the figures of all, and all carry it out.
 
@@ -77,7 +80,8 @@ class TunerCallback(TrainerCallback, ExportableState):
     on, turn weight decay, clipping, LoRA's scaling and the number of layers in training, and change
     the optimizer if it is a `envs.switchable.SwitchableOptimizer`. At the end, or when it is off,
     LoRA's scaling is the user's again, and its weights are such that the model is the one that was
-    trained.
+    trained. A run that was interrupted ends without a word to its callbacks: give the same one to
+    the next ``train()``, or `close` it.
 
     Arguments:
         policy: ``default``, the one that comes with the package; a policy file, an MLflow URI
@@ -144,7 +148,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         self._saved: dict[str, Any] = {}  # what a checkpoint brought
         try:
             self._leave(loaded=state.global_step > 0)  # a run that was cut short
-            self._begun = False
             self._begin(args, state, **kwargs)
         except SteersmanError:
             self._hooks.close()
@@ -152,7 +155,8 @@ class TunerCallback(TrainerCallback, ExportableState):
         except Exception as error:
             failed = True
             logger.warning("the tuner failed and is off; your schedule rules: %s", error)
-        if processes.share([], args.device, failed)[1]:
+        (run,), failed = processes.share([secrets.randbelow(2**53)], args.device, failed)
+        if failed:
             self._begun = False
             self._hooks.close()
             if self._saved and not self._advise:  # the tuner's settings among it
@@ -160,7 +164,9 @@ class TunerCallback(TrainerCallback, ExportableState):
                 self._handles.settle(checkpoint.knobs_of(self._saved, given).adapter_scale)
                 self._handles.put(given)
                 self._rates.put(self._rates.start)
-        elif self._saved:
+            return
+        self._crew.run = int(run)
+        if self._saved:
             self._agree(args, state, control)
         else:
             self._open(args, state, control)
@@ -169,6 +175,9 @@ class TunerCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
         if model is None or optimizer is None:
             raise BadInput("trainer: optimizer: there is none; the tuner has nothing to steer")
+        if getattr(state, "tuned", False):
+            raise BadInput("callback: TunerCallback: the Trainer has two of them; remove one")
+        state.tuned = True  # each run has a state of its own, and a checkpoint keeps no such word
         _check(args, state, optimizer, self._asked)
         if self._trainer is not None and self._trainer.args is not args:
             raise BadInput("callback: trainer: not the one that trains; give that one")
@@ -230,7 +239,7 @@ class TunerCallback(TrainerCallback, ExportableState):
         )  # fmt: skip
         self._hooks.callback(self._crew.leave)
         if saved:
-            checkpoint.resume(self._crew, saved, checkpoint.folder_of(args, step), step)
+            checkpoint.resume(self._crew, saved, checkpoint.folders_of(args, step), step)
         else:
             helm.start()
         self._begun = True
@@ -253,12 +262,22 @@ class TunerCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the run as it was found."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave model, optimizer and arguments as they were found, as at the end of training.
+
+        For who goes on without the callback after an interrupted run. Taken off the Trainer without
+        this it sets nothing any more, and its hooks only look; but what it had set by then, as
+        frozen layers or weight decay, stays.
+        """
         self._leave()
 
     def _leave(self, *, loaded: bool = False) -> None:
         """Leave model, optimizer and arguments as they were found. loaded: by a checkpoint now."""
         if self._begun:
             self._crew.give_back(loaded=loaded)
+        self._begun = False
         self._hooks.close()
 
     # -- an update ---------------------------------------------------------------------------
@@ -275,6 +294,7 @@ class TunerCallback(TrainerCallback, ExportableState):
     @guarded
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are in and clipped."""
+        self._handles.arm()
         self._crew.sight.watch(last=state.global_step + 1 == self._crew.end)
 
     @guarded
@@ -366,6 +386,11 @@ def _batch(args: Any) -> int:
 def _load(given: str | Path | Pilot, sha256: str | None) -> Pilot:
     if not isinstance(given, str | Path):
         return given
+    if not str(given):
+        raise BadInput(
+            "callback: policy: '' names none, and a checkpoint keeps none that was given as an "
+            "object; give a file, or leave restore_callback_states_from_checkpoint off"
+        )
     from tuner.tracking import open_policy
 
     return open_policy(str(given), sha256)

@@ -1,6 +1,7 @@
 """Checkpoints: what one keeps of a steered run, and how the run is taken up from it."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,24 @@ def folder_of(args: Any, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
 
 
+def folders_of(args: Any, step: int) -> list[Path]:
+    """Where the checkpoint that is resumed may be: the Trainer tells its callbacks no path."""
+    named = args.resume_from_checkpoint
+    return [*([Path(named)] if named and isinstance(named, str) else []), folder_of(args, step)]
+
+
 def found_in(stored: Any) -> dict[str, Any] | None:
     """The callback's part of a checkpoint's state; None if it had none."""
     stored = stored[-1] if isinstance(stored, list) and stored else stored
     found: dict[str, Any] | None = stored.get("attributes", {}).get("saved") if stored else None
-    return found
+    return found and {**found, "advise": stored["args"]["advise"]}
 
 
 def kept_of(crew: Crew) -> dict[str, Any]:
     """Everything a resumed run needs, apart from weights, as JSON."""
     handles, sight = crew.handles, crew.sight
     return {
+        "run": crew.run,
         "base_rates": crew.rates.base,
         "rate": crew.knobs.rate,
         "knobs": asdict(crew.knobs),
@@ -58,9 +66,14 @@ def kept_of(crew: Crew) -> dict[str, Any]:
     }
 
 
-def resume(crew: Crew, saved: dict[str, Any], folder: Path, step: int) -> None:
-    """Go on from `kept_of`, and from the weights of `write`."""
+def resume(crew: Crew, saved: dict[str, Any], folders: Iterable[Path], step: int) -> None:
+    """Go on from `kept_of`, and from the weights of `write` in the first folder that has them."""
     sight = crew.sight
+    if crew.helm.advise and not saved["advise"]:
+        raise BadInput(
+            "callback: advise: the checkpoint's run was steered, and its settings are the tuner's; "
+            "resume without advise=True, or begin a new run"
+        )
     if saved["own_evaluation"] != sight.own:
         raise BadInput(
             "callback: eval_dataset: the checkpoint's run "
@@ -78,10 +91,14 @@ def resume(crew: Crew, saved: dict[str, Any], folder: Path, step: int) -> None:
     if saved.get("dropped"):
         sight.drop()
     crew.scale = saved.get("kept_scale")
-    gradient, crew.snapshot = read_weights(_weights(crew, folder), step, sight.eyes)
-    sight.eyes.last_gradient = gradient
-    if gradient is not None:
-        sight.probe.gradient(gradient)
+    mark = _mark(saved.get("run"), step)
+    for folder in folders:
+        gradient, crew.snapshot = read_weights(_weights(crew, folder), mark, sight.eyes)
+        sight.eyes.last_gradient = gradient
+        if gradient is not None:
+            sight.probe.gradient(gradient)
+        if gradient is not None or crew.snapshot is not None:
+            break
 
 
 def knobs_of(saved: dict[str, Any], given: Knobs) -> Knobs:
@@ -94,7 +111,11 @@ def agree(crew: Crew, saved: dict[str, Any], folder: Path) -> None:
     if processes.share([], crew.sight.eyes.device, crew.snapshot is None)[1]:
         crew.snapshot = None
         if saved["kept"]:
-            logger.warning("%s: the best weights are not there: these take their place", folder)
+            logger.warning(
+                "%s: the best weights are not there: these take their place; where a checkpoint is "
+                "elsewhere, TrainingArguments(resume_from_checkpoint=...) says where",
+                folder,
+            )
             crew.snapshot = remember(crew.sight.eyes.parameters)
             crew.scale = crew.knobs.adapter_scale
 
@@ -105,7 +126,13 @@ def write(crew: Crew, folder: Path, step: int) -> None:
     sample = eyes.last_gradient if eyes.watching else None
     mine = crew.rank == 0 or eyes.sharded
     if mine and folder.is_dir() and (crew.snapshot or sample is not None):
-        write_weights(_weights(crew, folder), step, sample, crew.snapshot or [])
+        mark = _mark(crew.run, step)
+        write_weights(_weights(crew, folder), mark, sample, crew.snapshot or [])
+
+
+def _mark(run: int | None, step: int) -> dict[str, str]:
+    """What the weights' file says of its checkpoint. run: None for those of before it was said."""
+    return {"step": str(step)} | ({} if run is None else {"run": str(run)})
 
 
 def _weights(crew: Crew, folder: Path) -> Path:

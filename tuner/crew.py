@@ -36,6 +36,7 @@ class Crew:
         self.scale: float | None = None  # that the adapter had with them
         self.failure: Exception | None = None  # of this process; all leave at the next decision
         self.done = False  # nothing is decided any more
+        self.run = 0  # a number of chance: which run a checkpoint is of
         self.rank, self.many = rank(), world() > 1
         self._optimizer, self._interval = optimizer, interval
 
@@ -121,7 +122,7 @@ class Crew:
     def give_back(self, *, loaded: bool) -> None:
         """The run is over: the user's settings again. loaded: as of `Handles.leave`."""
         self.handles.leave(self.knobs, loaded=loaded)
-        self.rates.leave()
+        self.rates.leave(loaded=loaded)
         self.knobs = self.handles.given
 
     def leave(self) -> None:
