@@ -63,7 +63,8 @@ class TunerCallback(TrainerCallback, ExportableState):
     The user's schedule runs on; every ``ceil(max_steps / decisions)`` updates the policy may scale
     it, within the limits of the mode. Training losses and gradients are read by hooks; validation
     losses are the user's evaluations, or those of ``eval_dataset``'s first ``eval_rows`` rows,
-    evaluated by the callback before each decision. Resuming from a checkpoint is exact.
+    evaluated by the callback before each decision. Resuming from a checkpoint is exact. The best
+    weights are kept on the GPU, or on the host where that has no room for two copies of them.
 
     With several processes (DDP, FSDP2) rank 0 decides on the figures of all, and all carry it out.
 
@@ -234,10 +235,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         else:
             helm.start()
         self._begun = True
-        if args.logging_nan_inf_filter and not self._advise:
-            args.logging_nan_inf_filter = False
-            self._hooks.callback(setattr, args, "logging_nan_inf_filter", True)
-            logger.warning("logging_nan_inf_filter is off: it logs a loss of NaN as 0")
         if helm.off:
             self._crew.leave()
 
@@ -295,6 +292,14 @@ class TunerCallback(TrainerCallback, ExportableState):
             )
             crew.sight.drop()
             crew.book.forget_validation()
+        hidden = crew.sight.logs_alone and not crew.sight.rewarded and args.logging_nan_inf_filter
+        if hidden and not self._advise:
+            args.logging_nan_inf_filter = False
+            self._hooks.callback(setattr, args, "logging_nan_inf_filter", True)
+            logger.warning(
+                "logging_nan_inf_filter is off: it logs a loss of NaN as 0, and the tuner goes by "
+                "the log; give the callback trainer= to keep it"
+            )
         if step == crew.end:
             crew.close(step)
             if crew.sight.logs_alone and not self._advise:
