@@ -22,7 +22,7 @@ from envs.files import write_atomic
 from envs.head import unwrapped
 from envs.processes import total, world
 from envs.shards import local, reshard, sharded
-from envs.snapshot import Snapshot
+from envs.snapshot import Snapshot, cramped, statistics
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,9 @@ class Eyes:
         if not trained:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
         self.sharded = sharded(model)
-        self.parameters = [local(p) for p in trained]  # this process's parts, under FSDP
+        self.trained = len(trained)
+        kept = [*trained, *statistics(model).values()]  # what training changes
+        self.parameters = [local(p) for p in kept]  # this process's parts, under FSDP
         self.sampled = probe.sampled(trained)
         self.device = self.parameters[0].device
         self.losses: list[Any] = []  # one an update; tensors until they are fetched
@@ -389,14 +391,21 @@ def read_weights(
             if (file.metadata() or {}) != mark:
                 return None, None
             names = file.keys()
-            tensors = {name: file.get_tensor(name).to(eyes.device) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, safetensors.SafetensorError) as error:
         logger.warning("%s: cannot be read: %s", path, error)
         return None, None
+    for i, buffer in enumerate(eyes.parameters[eyes.trained :], eyes.trained):
+        tensors.setdefault(f"weight{i}", buffer.clone())  # an older file has none
     weights = [tensors.get(f"weight{i}") for i in range(len(eyes.parameters))]
     shapes = [None if weight is None else weight.shape for weight in weights]
     fit = shapes == [parameter.shape for parameter in eyes.parameters]
-    return tensors.get("gradient"), [w for w in weights if w is not None] if fit else None
+    place = "cpu" if cramped(eyes.parameters) else eyes.device
+    gradient = tensors.get("gradient")
+    return (
+        None if gradient is None else gradient.to(eyes.device),
+        [w.to(place) for w in weights if w is not None] if fit else None,
+    )
 
 
 def listen(trainer: Any, tell: Callable[[Tensor], None]) -> Callable[[], None]:

@@ -4,6 +4,7 @@ Environments, searches and schedules know a run only through `Job`. `TorchJob` i
 native loop; a test may put a scripted fake behind the same verbs.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -245,8 +246,9 @@ def judge(module: nn.Module, rows: workload.Tokens) -> Score:
 
 def finite(parameters: Sequence[Tensor]) -> bool:
     """Whether every weight is a finite number; one transfer from the device."""
-    with torch.no_grad():
-        sums = torch._foreach_norm([*parameters])
+    exact = functools.reduce(torch.promote_types, {p.dtype for p in parameters}, torch.float32)
+    with torch.no_grad():  # the norm of finite weights is finite: 16 bits do not hold it
+        sums = torch._foreach_norm([*parameters], dtype=exact)
     return math.isfinite(torch.stack(sums).sum().item())
 
 

@@ -24,7 +24,7 @@ from envs.parts import Parts
 from envs.progress import Context, Progress
 from envs.purpose import objective_of
 from envs.refusals import refuse_job
-from envs.snapshot import Snapshot, recall, remember
+from envs.snapshot import Snapshot, recall, remember, statistics
 from envs.switchable import SwitchableOptimizer
 from envs.task import Split, Task
 
@@ -76,9 +76,12 @@ class TrainerJob:
             optimizer = optimizer_of(trainer)
         self._knobs = in_force(trainer, optimizer, self._knobs)
         self._model = trainer.model
-        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._parameters: list[torch.Tensor] = [
+            p for p in self._model.parameters() if p.requires_grad
+        ]
         if not self._parameters:
             raise BadInput("trainer: model: no weight of it is trainable; unfreeze some")
+        self._parameters += statistics(self._model).values()
         found = describe(self._model, None, self._setup.classes, self._setup.rows)
         own = task.objective == "own"
         objective = objective_of(trainer.args, self._model) if own else task.objective

@@ -13,6 +13,8 @@ import pytest
 import torch
 from accelerate import DistributedType
 from fakes import overheard
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     BertConfig,
@@ -428,8 +430,6 @@ def test_weights_that_are_not_finite_are_never_saved(task, tmp_path):
             task, folder, TunerCallback(Stub(), decisions=decisions, eval_dataset=own(task)),
             extra=[Blow(*steps)], save_strategy="steps", save_steps=7,
         )  # fmt: skip
-        from safetensors.torch import load_file
-
         for path in folder.glob("checkpoint-*/model.safetensors"):
             assert all(torch.isfinite(w).all() for w in load_file(path).values()), path
         assert sum("diverged" in line["guard"] for line in lines(folder)) == 1
@@ -891,17 +891,28 @@ def test_a_bad_call_is_refused():
         TunerCallback("no-such-file.safetensors")
 
 
-def test_the_filter_that_hides_a_loss_of_nan_is_off_while_the_tuner_is_on(task, tmp_path, caplog):
+def outside(trainer):
+    """The loss is none of the model's: it is seen in the log alone."""
+    trainer.compute_loss_func = lambda out, labels, num_items_in_batch=None: (
+        torch.nn.functional.cross_entropy(out["logits"], labels)
+    )
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_filter_that_hides_a_loss_of_nan_is_off_where_the_log_is_all(
+    task, tmp_path, caplog, alone
+):
     inside = []
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             inside.append(args.logging_nan_inf_filter)
 
-    trainer = train(task, tmp_path, TunerCallback(Stub()), extra=[Look()])
-    assert not any(inside)
+    before = outside if alone else None
+    trainer = train(task, tmp_path, TunerCallback(Stub()), extra=[Look()], before=before)
+    assert inside == [not alone] * STEPS
     assert trainer.args.logging_nan_inf_filter
-    assert "logging_nan_inf_filter" in caplog.text
+    assert ("logging_nan_inf_filter" in caplog.text) == alone
 
 
 def test_a_log_that_cannot_be_written_is_refused_at_once(task, tmp_path):
@@ -954,3 +965,127 @@ def test_one_line_with_a_policy_file(task, tmp_path):
         restore_callback_states_from_checkpoint=True, **args,
     )  # fmt: skip
     assert equal(weights(whole), weights(restored))
+
+
+class Below(TrainerCallback):
+    """The loss with so much taken off, as of a density: it may be negative."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        forward = model.forward
+        model.forward = lambda **given: (lambda out: out | {"loss": out["loss"] - 3})(
+            forward(**given)
+        )
+
+
+def test_a_negative_loss_is_no_divergence(task, tmp_path):
+    plain = train(task, tmp_path / "plain", extra=[Below()])
+    callback = TunerCallback(Stub(), eval_dataset=own(task))
+    trainer = train(task, tmp_path, callback, extra=[Below()])
+    assert trainer.recorder.losses[-1][0] < -1
+    assert not any(line["guard"] for line in lines(tmp_path))
+    assert equal(weights(plain), weights(trainer))
+
+
+def normed(trainer):
+    """Put a batch norm before the head."""
+    model, head = trainer.model, trainer.model.head
+    norm = torch.nn.BatchNorm1d(head.in_features)
+    model.head = torch.nn.Sequential(norm, head)
+
+
+class BlowEncoder(Blow):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.steps:
+            with torch.no_grad():
+                next(model.encoder.parameters()).fill_(self.value)
+
+
+def test_running_statistics_are_put_back_with_the_weights(task, tmp_path):
+    callback = TunerCallback(Stub(decisions=3), eval_dataset=own(task))
+    trainer = train(
+        task, tmp_path, callback, before=normed, extra=[BlowEncoder(13)], save_strategy="steps",
+        save_steps=17,
+    )  # fmt: skip
+    assert [line["step"] for line in lines(tmp_path) if line["guard"]] == [17]
+    found = [
+        load_file(tmp_path / "checkpoint-17" / "model.safetensors"),
+        trainer.model.state_dict(),
+    ]
+    for tensors in found:
+        assert "head.0.running_var" in tensors
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_statistics_that_are_not_finite_are_never_saved(task, tmp_path):
+    """Of finite weights: one batch was beyond the range of its numbers."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 13:
+                model.head[0].running_var[0] = math.inf
+
+    callback = TunerCallback(Stub(), eval_dataset=own(task))
+    trainer = train(task, tmp_path, callback, before=normed, extra=[Spoil()])
+    assert [line["guard"] for line in lines(tmp_path) if line["guard"]] == [
+        "diverged: weights are not finite"
+    ]
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
+
+
+def test_running_statistics_are_resumed(task, tmp_path):
+    args = {"before": normed, "save_strategy": "steps", "save_steps": 14}
+    choose = by_turns(*[KEEP] * 6, ROLLBACK)
+
+    def run(resume=None):
+        callback = TunerCallback(Stub(choose), mode="explore", eval_dataset=own(task))
+        return train(task, tmp_path, callback, resume=resume, **args).model.state_dict()
+
+    whole, resume = run(), tmp_path / "checkpoint-14"
+    again = run(str(resume))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    path = resume / "tuner.safetensors"
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    kept = load_file(path)
+    count = sum(name.startswith("weight") for name in kept)
+    for i in (count - 2, count - 1):  # an older version kept none
+        assert kept.pop(f"weight{i}").shape == whole["head.0.running_var"].shape
+    path.write_bytes(save(kept, about))
+    older = run(str(resume))
+    assert all(torch.isfinite(tensor).all() for tensor in older.values())
+    assert torch.equal(older["head.0.num_batches_tracked"], whole["head.0.num_batches_tracked"])
+
+
+class Nan(TrainerCallback):
+    """One batch whose loss is NaN, and no update made of it, as by a loss scaler."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        forward = model.forward
+
+        def once(**given):
+            out = forward(**given)
+            self.calls += model.training
+            spoilt = model.training and self.calls == self.at
+            return {name: each * math.nan for name, each in out.items()} if spoilt else out
+
+        model.forward = once
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.calls == self.at:
+            for parameter in model.parameters():
+                parameter.grad = None
+
+
+@pytest.mark.parametrize("before", [None, outside])
+def test_a_loss_of_nan_is_one_event(task, tmp_path, before):
+    callback = TunerCallback(Stub(), eval_dataset=None if before else own(task))
+    trainer = train(task, tmp_path, callback, extra=[Nan(8)], before=before)
+    events = [line["guard"] for line in lines(tmp_path) if line["guard"]]
+    assert events == ["diverged: training loss is not finite"]
+    logged = [loss for loss, _ in trainer.recorder.losses]
+    assert len(logged) == STEPS
+    assert all(map(math.isfinite, logged[:7]))
+    assert all(map(math.isfinite, logged)) == (before is None)

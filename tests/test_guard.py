@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.env import EXPLORE
+from envs.env import BLOWN, EXPLORE
 from envs.errors import BadInput, UnknownName
 from envs.knobs import KEEP, Actions, Decision, Knobs, reference_rate, turn
 from envs.progress import Context, Progress
@@ -18,9 +19,14 @@ from tuner.audit import Audit, replay
 from tuner.guard import (
     CAREFUL,
     COOLDOWN,
+    DEVIATIONS,
     FAR,
+    MARGIN,
     NO_SWITCH,
     STREAK,
+    TIMES,
+    WINDOW,
+    WORSE,
     GuardState,
     alarm,
     limits_of,
@@ -220,8 +226,8 @@ def test_the_noise_of_small_batches_is_no_alarm(noise):
         ({"gradient": math.inf, "update": 1e-3}, "gradient"),
         ({"gradient": math.nan, "update": 1e-3}, "gradient"),
         ({"validation": math.nan, "age": 0}, "validation loss is not finite"),
-        ({"validation": 5.0, "age": 0}, "validation loss is 2.94 times its start"),
-        ({"losses": (4.0,) * STREAK}, "over 2 times its start"),
+        ({"validation": 5.0, "age": 0}, "validation loss is 5, and was 1.7 at its start"),
+        ({"losses": (4.0,) * STREAK}, "training loss is far above the"),
     ],
 )
 def test_what_always_counts_as_a_divergence(change, words):
@@ -235,11 +241,74 @@ def test_what_always_counts_as_a_divergence(change, words):
 def test_what_counts_where_the_tuner_is_answerable():
     history = reports(falling(80, 0.1, 0), [1.0, 0.8, 0.6, 0.5, 0.4, 0.4, 0.4, 0.4])
     risen = [replace(history[-1], losses=(0.9,) * 10), replace(history[-1], validation=0.9)]
-    for report, words in zip(risen, ("running median", "times its best"), strict=True):
+    for report, words in zip(
+        risen, ("running median", "is 0.9, and was 0.4 at its best"), strict=True
+    ):
         story = [*history[:-1], report]
         assert words in alarm(story, CAREFUL, 1.5)
         assert alarm(story, CAREFUL, 1.0) == ""
         assert alarm(story, FAR, 1.5) == ""
+
+
+def ratios_alone(history, gentle):
+    """The lines for losses that are far from 0, by ratios: whether the latest report is above."""
+    now, losses = history[-1], [loss for report in history for loss in report.losses]
+    seen = [r.validation for r in history if r.age == 0 and math.isfinite(r.validation)]
+    fresh, before = seen and now.age == 0, losses[: len(losses) - len(now.losses)][-WINDOW:]
+    found = [fresh and now.validation > BLOWN * seen[0]]
+    found.append(losses and streak(now.losses, TIMES * median(losses[:STREAK])))
+    if gentle:
+        found.append(fresh and now.validation > WORSE * min(seen))
+    if gentle and len(before) >= STREAK:
+        centre = median(before)
+        spread = median(abs(loss - centre) for loss in before)
+        found.append(streak(now.losses, max(centre + DEVIATIONS * spread, TIMES * centre)))
+    return any(found)
+
+
+@given(
+    st.floats(MARGIN, 20), st.booleans(), st.booleans(),
+    st.lists(st.tuples(*[st.sampled_from([1e-4, 0.03, 0.4, 0.99, 1.01, 2.1, 3, 9])] * 2),
+             min_size=1, max_size=6),
+)  # fmt: skip
+def test_losses_that_begin_far_from_zero_are_judged_by_ratios(start, judged, spiky, levels):
+    losses = [start] * 2 * STREAK
+    for i, (level, _) in enumerate(levels):
+        losses += [start * level * (1 + (j % 3 * 0.4 if spiky else 0)) for j in range(2 * STREAK)]
+        validations = [start, *[start * each for _, each in levels[: i + 1]]] if judged else None
+        history = reports(losses, validations, every=2 * STREAK)
+        if judged:
+            history[0] = replace(history[0], validation=start)
+        for limits, multiplier in ((CAREFUL, 1.5), (CAREFUL, 1.0), (FAR, 1.5)):
+            expected = ratios_alone(history, limits is CAREFUL and multiplier > 1)
+            assert bool(alarm(history, limits, multiplier)) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "validations", "words"),
+    [
+        ([-1.9, -2.1], [-1.9, -2.1], ""),
+        ([-2.0, -1.0], [-2.0, -1.0], ""),
+        ([0.3, -0.1, 0.1], [0.3, -0.1, 0.1], ""),
+        ([2.0, -0.1, 0.1], [2.0, -0.1, 0.1], ""),
+        ([0.001, 0.03], [0.001, 0.03], ""),
+        ([-2.0, 0.1], None, "training loss is far above the -2 of its start"),
+        ([0.001, 0.6], None, "training loss is far above the 0.001 of its start"),
+        ([-2.0, -1.9], [-2.0, 1.5], "validation loss is 1.5, and was -2 at its start"),
+        ([-2.0, -4.0], [-2.0, 0.1], "validation loss is 0.1, and was -2 at its best"),
+        ([-1.0, -9.0, -1.5], None, ""),
+        ([0.2, 0.01, 0.01, 0.6], None, "running median"),
+    ],
+)
+def test_losses_near_zero_and_below(losses, validations, words):
+    history = reports([loss for loss in losses for _ in range(10)], validations)
+    if validations:
+        history[0] = replace(history[0], validation=validations[0])
+    for i in range(2, len(history)):
+        assert alarm(history[:i], CAREFUL, 1.5) == ""
+    found = alarm(history, CAREFUL, 1.5)
+    assert words in found
+    assert bool(words) == bool(found)
 
 
 def test_a_step_that_a_loss_scaler_skipped_is_no_alarm():

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_adapter_scale import stub
@@ -13,11 +15,13 @@ from transformers import Trainer
 
 from envs import objectives
 from envs.errors import BadInput
+from envs.job import Score
 from envs.knobs import Knobs
 from envs.observe import FEATURES
 from envs.task import OBJECTIVE_TASKS, Task
 from tuner.apply import steer_trainer
 from tuner.folder import _steered
+from tuner.prepared import Keeper
 from tuner.settings import ApplyConfig
 
 pytest.importorskip("trl")
@@ -253,3 +257,19 @@ def test_what_a_translator_writes_is_marked(run, task_of, monkeypatch, tmp_path)
     kept, steered = summary["keep"]["final"]["marks"], summary["final"]["marks"]
     assert kept == pytest.approx(plain.marks(plain.trainer, "test"))
     assert set(steered) == set(objectives.CARDS["translation"].marks)
+
+
+def test_running_statistics_are_kept_with_the_weights():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    scored = iter([0.5, 0.9])
+    setup = SimpleNamespace(
+        trainer=SimpleNamespace(model=model), score=lambda *_: Score(next(scored), 0.0)
+    )
+    keeper = Keeper(setup, 1)
+    for step in (1, 2):
+        model(step + torch.randn(8, 3))
+        keeper.on_step_end(None, SimpleNamespace(global_step=step, max_steps=2), None)
+        if step == 1:
+            kept = model[0].running_mean.clone()
+    keeper.put()
+    assert torch.equal(model[0].running_mean, kept)

@@ -382,6 +382,23 @@ def test_a_trainer_that_raises_for_broken_weights_has_diverged(factory):
     assert all(math.isnan(loss) for r in reports for loss in r.losses)
 
 
+def test_running_statistics_come_back_with_the_weights(factory):
+    class Normed(Trainer):
+        def __init__(self, model, **given):
+            norm = torch.nn.BatchNorm1d(model.classifier.in_features)
+            model.classifier = torch.nn.Sequential(norm, model.classifier)
+            super().__init__(model, **given)
+
+    job = opened(factory, kind=Normed)
+    job.advance(4)
+    good, loss = job.snapshot(), job.evaluate("validation").loss
+    job.restore([torch.full_like(part, math.nan) for part in good])
+    assert not job.advance(4).finite
+    job.restore(good)
+    assert job.evaluate("validation").loss == loss
+    assert job.advance(4).finite
+
+
 def test_a_trainer_that_stops_early_is_named(factory):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

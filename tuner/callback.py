@@ -67,6 +67,7 @@ class TunerCallback(TrainerCallback, ExportableState):
     evaluated by the callback before each decision. Resuming from a checkpoint is exact, if it lies
     in ``output_dir`` or is named by the arguments' ``resume_from_checkpoint``: elsewhere the best
     weights so far, which a rollback comes back to, are not found, and the log says so.
+    The best weights are kept on the GPU, or on the host where that has no room for two copies.
 
     With several processes (DDP, FSDP2) rank 0 decides on the figures of all, and all carry it out.
 
@@ -243,10 +244,6 @@ class TunerCallback(TrainerCallback, ExportableState):
         else:
             helm.start()
         self._begun = True
-        if args.logging_nan_inf_filter and not self._advise:
-            args.logging_nan_inf_filter = False
-            self._hooks.callback(setattr, args, "logging_nan_inf_filter", True)
-            logger.warning("logging_nan_inf_filter is off: it logs a loss of NaN as 0")
         if helm.off:
             self._crew.leave()
 
@@ -315,6 +312,14 @@ class TunerCallback(TrainerCallback, ExportableState):
             )
             crew.sight.drop()
             crew.book.forget_validation()
+        hidden = crew.sight.logs_alone and not crew.sight.rewarded and args.logging_nan_inf_filter
+        if hidden and not self._advise:
+            args.logging_nan_inf_filter = False
+            self._hooks.callback(setattr, args, "logging_nan_inf_filter", True)
+            logger.warning(
+                "logging_nan_inf_filter is off: it logs a loss of NaN as 0, and the tuner goes by "
+                "the log; give the callback trainer= to keep it"
+            )
         if step == crew.end:
             crew.close(step)
             if crew.sight.logs_alone and not self._advise:

@@ -29,6 +29,7 @@ WINDOW = 50  # updates before the interval that the running median is taken over
 DEVIATIONS = 6.0  # median absolute deviations above the running median
 TIMES = 2.0  # and times the running median; also times the start, for a loss that blew up
 WORSE = 2.0  # times the best validation loss
+MARGIN = 0.5  # nats; also at least so far above, where losses begin below that or are negative
 NO_SWITCH = "the optimizer cannot be switched here"
 
 
@@ -270,7 +271,8 @@ def alarm(history: Sequence[Progress], limits: Limits, multiplier: float = 1.0) 
 
     Numbers that are not finite, and losses far above the run's start, always count. A loss that
     only rose against its own recent past counts where the limits are gentle and the tuner is
-    answerable for it, that is, while ``multiplier`` is above 1.
+    answerable for it, that is, while ``multiplier`` is above 1. A run is judged by its losses
+    alone: data that become that much harder on the way count as a divergence too.
     """
     now = history[-1]
     if not now.finite:
@@ -280,26 +282,41 @@ def alarm(history: Sequence[Progress], limits: Limits, multiplier: float = 1.0) 
     measured = not math.isnan(now.update) and now.update != 0  # 0: a loss scaler skipped the step
     if measured and not math.isfinite(now.gradient):
         return "gradient is not finite"
+    gentle = limits.gentle and multiplier > 1
     seen = [r.validation for r in history if r.age == 0 and math.isfinite(r.validation)]
-    fresh = bool(seen) and now.age == 0
-    if fresh and not math.isfinite(now.validation):
-        return "validation loss is not finite"
-    if fresh and now.validation > BLOWN * seen[0]:
-        return f"validation loss is {now.validation / seen[0]:.3g} times its start"
+    if seen and now.age == 0:
+        loss, first, best, margin = now.validation, seen[0], min(seen), margin_of(seen[0], seen)
+        if not math.isfinite(loss):
+            return "validation loss is not finite"
+        if loss > line_above(first, BLOWN, margin):
+            return f"validation loss is {loss:.3g}, and was {first:.3g} at its start"
+        if gentle and loss > line_above(best, WORSE, margin):
+            return f"validation loss is {loss:.3g}, and was {best:.3g} at its best"
     losses = [loss for report in history for loss in report.losses if math.isfinite(loss)]
-    if losses and streak(now.losses, TIMES * median(losses[:STREAK])):
-        return f"training loss is over {TIMES:g} times its start"
-    if not limits.gentle or multiplier <= 1:
+    if not losses:
         return ""
-    if fresh and now.validation > WORSE * min(seen):
-        return f"validation loss is {now.validation / min(seen):.3g} times its best"
+    start = median(losses[:STREAK])
+    margin = margin_of(start, losses)
+    if streak(now.losses, line_above(start, TIMES, margin)):
+        return f"training loss is far above the {start:.3g} of its start"
     before = losses[: len(losses) - len(now.losses)][-WINDOW:]
-    if len(before) >= STREAK:
+    if gentle and len(before) >= STREAK:
         centre = median(before)
         spread = median(abs(loss - centre) for loss in before)
-        if streak(now.losses, max(centre + DEVIATIONS * spread, TIMES * centre)):
+        line = max(centre + DEVIATIONS * spread, line_above(centre, TIMES, margin))
+        if streak(now.losses, line):
             return "training loss left its running median"
     return ""
+
+
+def line_above(level: float, times: float, margin: float) -> float:
+    """``times - 1`` of a level's size above it, and at least ``margin``; it may be negative."""
+    return max(times * level, (2 - times) * level, level + margin)
+
+
+def margin_of(start: float, losses: Sequence[float]) -> float:
+    """0 for losses that began at `MARGIN` or above and never were negative: ratios are enough."""
+    return 0.0 if start >= MARGIN and min(losses) >= 0 else MARGIN
 
 
 def streak(losses: Sequence[float], line: float) -> bool:

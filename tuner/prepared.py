@@ -14,7 +14,7 @@ from envs import objectives
 from envs.chance import every, put_back
 from envs.files import full_disk, write_atomic
 from envs.knobs import Knobs
-from envs.snapshot import Snapshot, remember
+from envs.snapshot import Snapshot, remember, statistics
 from envs.task import Task
 from envs.trainer_job import Setup
 from tuner.callback import TunerCallback
@@ -60,12 +60,13 @@ class Keeper(TrainerCallback):
             _put(self.trained, dict(zip(self.trained, self._weights, strict=True)))
 
 
-def _trained(setup: Setup) -> dict[str, torch.nn.Parameter]:
-    named = setup.trainer.model.named_parameters()
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
+def _trained(setup: Setup) -> dict[str, torch.Tensor]:
+    model = setup.trainer.model
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return weights | statistics(model)
 
 
-def _put(into: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
+def _put(into: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in into.items():
             parameter.copy_(weights[name])

@@ -1,6 +1,7 @@
 """Sight: what the tuner sees of a Trainer's run."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ class Sight:
         self.probe = probe.Probe()
         self._model, self._optimizer, self._loader = model, optimizer, loader
         self._trainer = trainer
+        self._stuck = False  # the log's loss is NaN: the Trainer's sum stays so
         self._deaf: Callable[[], None] | None = None  # takes the ear off the Trainer
         if judge is not None:
             self._deaf = listen(judge, self.eyes.see_step)
@@ -118,8 +120,12 @@ class Sight:
         return {} if cost is None else {"eval_loss": cost}
 
     def logged(self, logs: Mapping[str, Any]) -> float | None:
-        """The logged loss, where the model's output has none."""
-        return self.gauge.cost(logs) if self.logs_alone else None
+        """The logged loss, where the model's output has none; one of NaN is told once."""
+        cost = self.gauge.cost(logs) if self.logs_alone else None
+        if cost is None:
+            return None
+        told, self._stuck = self._stuck, not math.isfinite(cost)
+        return None if told and self._stuck else cost
 
     def close(self) -> None:
         """Leave the model and the Trainer as they were found."""
