@@ -159,6 +159,10 @@ def _row(where: str, line: str, kind: type) -> Any:
                 "see docs/objectives.md"
             )
         found.append(value)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{where}: is not valid Unicode; repair the row") from None
     extra = {Rated: ("own",), Preferred: (1.0,)}.get(kind, ())
     row = found[0] if kind is str else kind(*found, *extra)
     if problem := _problem(row):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from envs.errors import RunFailed
+from envs.errors import BadInput, RunFailed
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents; `RunFailed` when the disk refuses."""
+    """Make a folder and its parents; `BadInput` on a file there, `RunFailed` on a refusing disk."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInput(f"{path}: folder: a file is in its place; name another folder") from None
     except OSError as error:
         raise RunFailed(f"{path}: cannot be made: {error.strerror or error}") from error
 

@@ -89,9 +89,13 @@ def _file_rows(path: Path, text: str, label: str) -> Iterator[_Raw]:
     if not os.path.isfile(path):
         raise BadInput(f"{path}: file: not found or not a regular file; give a file that exists")
     size = path.stat().st_size
-    if not 0 < size <= MAX_BYTES:
-        problem = f"{size / 2**30:.1f} GB, over {MAX_BYTES / 2**30:g}" if size else "empty"
-        raise BadInput(f"{path}: file: {problem}; save large data with `datasets`, give its folder")
+    if not size:
+        raise BadInput(f"{path}: file: empty; give labelled texts, one a row")
+    if size > MAX_BYTES:
+        raise BadInput(
+            f"{path}: file: {size / 2**30:.1f} GB, over {MAX_BYTES / 2**30:g}; "
+            "save large data with `datasets`, give its folder"
+        )
     read = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -105,6 +109,7 @@ def _file_rows(path: Path, text: str, label: str) -> Iterator[_Raw]:
 
 
 def _csv_rows(path: Path, file: Iterable[str], text: str, label: str) -> Iterator[_Raw]:
+    csv.field_size_limit(MAX_BYTES)  # a document may be long
     reader = csv.reader(file, strict=True)
     header = next(reader, [])
     at, to = (header.index(_column(path, name, header)) for name in (text, label))
@@ -129,7 +134,8 @@ def _json_rows(path: Path, file: Iterable[str], text: str, label: str) -> Iterat
             row = None
         if not isinstance(row, dict):
             raise BadInput(f"{path}: line {number}: not a JSON object; write one object per line")
-        yield f"line {number}", row[_column(path, text, row)], row[_column(path, label, row)]
+        at, to = (_column(f"{path}: line {number}", name, row) for name in (text, label))
+        yield f"line {number}", row[at], row[to]
 
 
 def _column(source: object, name: str, known: Iterable[str]) -> str:
@@ -159,6 +165,12 @@ def _dataset_rows(
     except Exception as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            path = Path(source)
+            if len(path.parts) > 1 and path.parent.is_dir() and not path.exists():
+                raise BadInput(
+                    f"{source}: dataset: no such folder, nor within reach on the hub; "
+                    "correct the path"
+                ) from None
             raise RunFailed(f"{source}: cannot be loaded ({problem}); try again later") from error
         raise BadInput(
             f"{source}: dataset: cannot be read ({problem}); give a CSV or JSONL file, a hub id, "

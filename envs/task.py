@@ -52,6 +52,10 @@ class Task:
     test_rows: int = 1000  # read once, by the referee
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "model", "text", "label"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise BadInput(f"task: {name}: {value!r} is not a name; give a string")
         for name in ("rows", "batch", "steps", "interval", "max_length", "validation_rows",
                      "selection_rows", "test_rows"):  # fmt: skip
             value = getattr(self, name)

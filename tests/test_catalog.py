@@ -345,6 +345,12 @@ def test_whole_numbers_are_class_names(tmp_path):
     assert splits["test"].classes == ("0", "1", "2")
 
 
+def test_a_document_may_be_long(tmp_path):
+    source = write_csv(tmp_path / "a.csv", [("long " * 40_000, "even"), *examples()])
+    splits = catalog.load_user(source, "text", "label")
+    assert sum(map(len, splits.values())) == 201
+
+
 def test_duplicates_conflicts_and_empty_texts_are_dropped_and_counted(tmp_path):
     extra = [("Text  number 1", "odd"), ("text number 2", "odd"), ("", "odd")]
     source = write_csv(tmp_path / "a.csv", examples() + extra)
@@ -354,7 +360,7 @@ def test_duplicates_conflicts_and_empty_texts_are_dropped_and_counted(tmp_path):
 
 
 BAD_CSV = {
-    "empty file": (b"", "file: empty"),
+    "empty file": (b"", "file: empty; give labelled texts"),
     "header only": (b"text,label\n", "train: no rows"),
     "not utf-8": (b"text,label\n\xff\xfe,b\n", "file: not UTF-8"),
     "missing column": (b"texts,label\na,b\n", "text: no such column; did you mean 'texts'"),
@@ -392,7 +398,7 @@ def test_bad_csv(tmp_path, case):
     [
         ('["a", "b"]', "line 2: not a JSON object"),
         ("{", "line 2: not a JSON object"),
-        ('{"text": "b"}', "label: no such column"),
+        ('{"text": "b"}', "line 2: label: no such column"),
         ('{"text": null, "label": 1}', "text: line 2 holds nothing, not a string"),
         ('{"text": 3, "label": 1}', "text: line 2 holds a int, not a string"),
         ('{"text": "\\ud800", "label": 1}', "text: line 2 is not valid Unicode"),
@@ -431,6 +437,21 @@ def test_bad_sources(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match=message):
             catalog.load_user(source, "text", "label")
         assert time.monotonic() - started < 10
+
+
+def test_a_folder_that_is_mistyped(tmp_path, monkeypatch):
+    import datasets
+
+    def unreachable(name):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(BadInput, match="no such folder, nor within reach on the hub"):
+        catalog.load_user("data/nosuch", "text", "label")
+    with pytest.raises(RunFailed, match="try again later"):
+        catalog.load_user("owner/name", "text", "label")
 
 
 def saved(folder, **splits):

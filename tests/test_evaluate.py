@@ -17,6 +17,7 @@ from envs.env import FineTuneEnv
 from envs.errors import BadInput
 from envs.job import TorchJob
 from envs.task import TASKS, Task
+from tuner import evaluate
 from tuner.evaluate import (
     KNOWN,
     LEARNED,
@@ -171,3 +172,28 @@ def test_unknown_methods_are_refused_with_the_nearest():
 def test_a_folder_without_a_comparison_has_no_report(tmp_path):
     with pytest.raises(BadInput, match="no comparison"):
         write_report(tmp_path)
+    (tmp_path / "ledger.sqlite").touch()
+    with pytest.raises(BadInput, match="no cell is finished"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"offsets": (9.0,)}, "offset: 9.0 is not in"),
+        ({"tasks": ("tiny", "tiny")}, "is given twice"),
+        ({"tasks": ({"dataset": "absent.csv"},)}, "absent.csv: file: not found"),
+        ({"tasks": ({"dataset": 3},)}, "dataset: 3 is not a name"),
+        ({"tasks": ({"dataset": [1], "text": 3},)}, r"dataset: \[1\] is not a name"),
+        ({"tasks": ({"dataset": "trec6", "text": 3},)}, "text: 3 is not a name"),
+    ],
+)
+def test_all_is_checked_before_the_best_setting_is_searched(
+    tiny_task, tmp_path, monkeypatch, changes, said
+):
+    monkeypatch.setitem(TASKS, "tiny", tiny_task())
+    monkeypatch.setattr(evaluate, "learn", lambda *given: pytest.fail("searched first"))
+    config = CompareConfig(**{"tasks": ("tiny",), "methods": ("keep", "fixed")} | changes)
+    with pytest.raises(BadInput, match=said):
+        run_comparison(config, [], tmp_path / "out", quiet)
+    assert not (tmp_path / "out").exists()

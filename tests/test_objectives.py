@@ -418,6 +418,8 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ("tokens", [{"words": ["a"], "tags": []}], "has 1 words and 0 tags"),
         ("sft", [{"statement": "a", "reply": ""}], "has an empty text"),
         ("causal", [["a"]], "line 1: is not a JSON object; give one with text"),
+        ("dpo", [PAIR, PAIR | {"prompt": "\ud800"}], "line 2: is not valid Unicode; repair"),
+        ("tokens", [{"words": ["\ud800"], "tags": ["n"]}], "line 1: is not valid Unicode"),
     ],
 )
 def test_bad_rows_are_refused_in_one_sentence(objective, rows, said, task_of):

@@ -97,6 +97,13 @@ def test_a_benchmark_is_run_once_and_then_known(small, tmp_path):
     assert repr(finished(tmp_path, ["one", "two"])) == repr(found)
 
 
+def test_a_policy_given_twice_is_refused_before_the_search(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "learn", lambda *given: pytest.fail("searched first"))
+    with pytest.raises(BadInput, match="is given twice"):
+        run_benchmark(small, [example("ppo")] * 2, tmp_path / "out", print, workers=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_broken_suite_keeps_no_other_from_running(small, tmp_path, monkeypatch):
     whole = benchmark.run_comparison
 

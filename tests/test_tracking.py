@@ -261,7 +261,8 @@ def test_dead_server_is_left_within_five_seconds(tmp_path, silent, capfd):
         with mirroring(folder, uri):
             pass
         assert time.monotonic() - began < 5.0
-        assert capfd.readouterr().err.count("`steersman report --sync` sends what is missing") == 1
+        command = f"`steersman report {folder} --sync --mlflow {uri}` sends what is missing"
+        assert capfd.readouterr().err.count(command) == 1
 
 
 def test_dead_server_is_one_sentence(tmp_path, silent):
@@ -271,6 +272,31 @@ def test_dead_server_is_one_sentence(tmp_path, silent):
         with pytest.raises(RunFailed, match="start the server") as error:
             mirror(folder, uri)
         assert time.monotonic() - began < 5.0
+        assert "secret" not in str(error.value)
+
+
+def test_what_was_missed_goes_where_the_run_was_sent(folder, tmp_path, monkeypatch):
+    store = tmp_path / "other" / "mlflow.db"
+    store.parent.mkdir()
+    shutil.copy(tmp_path / "mlflow.db", store)
+    with mirroring(folder, "http://name:secret@127.0.0.1:9"):
+        pass
+    assert json.loads((folder / "mlflow.json").read_text()) == {"uri": "http://127.0.0.1:9"}
+    with pytest.raises(RunFailed, match=r"http://127.0.0.1:9: no answer"):
+        mirror(folder)
+    assert mirror(folder, f"sqlite:///{store}") == 6
+    assert mirror(folder) == 0  # sent there
+    shutil.rmtree(store.parent)
+    assert tracking._resolve(folder, None) == default_uri(tmp_path)
+
+
+def test_no_place_to_send_to(tmp_path):
+    folder = make_folder(tmp_path, outcomes=0)
+    with pytest.raises(BadInput, match="'none' is no place to send to"):
+        mirror(folder, "none")
+    for uri in ("http://name:secret@[::1", "http://name:secret@host:port"):
+        with pytest.raises(BadInput, match="no address") as error:
+            mirror(folder, uri)
         assert "secret" not in str(error.value)
 
 

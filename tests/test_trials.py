@@ -18,8 +18,8 @@ from tuner.folder import gather
 from tuner.restarts import Ended, best_run, next_start
 from tuner.settings import ApplyConfig, CompareConfig
 
-TODAY = {"config", "sha256", "task", "role", "seed", "start_rate", "metric", "mode", "folder",
-         "start", "final", "seconds"}  # fmt: skip
+TODAY = {"config", "sha256", "data", "task", "role", "seed", "start_rate", "metric", "mode",
+         "folder", "start", "final", "seconds"}  # fmt: skip
 
 
 @pytest.fixture

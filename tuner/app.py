@@ -3,10 +3,11 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,9 +22,10 @@ from rich.progress import (
 
 from envs.errors import SteersmanError
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, soft_wrap=True)  # paths stay as they are
 
 Tick = Callable[[int, int, str], None]  # done, total, a few words
+_AGAIN = "repeat the command to go on from what is saved"
 
 
 class Terminated(BaseException):
@@ -38,6 +40,7 @@ def run(app: typer.Typer) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.formatwarning = _format
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into this, without a word
@@ -45,16 +48,17 @@ def run(app: typer.Typer) -> NoReturn:
     except SteersmanError as error:
         code = _say(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        code = _say("interrupted; repeat the command to go on", 130)
+        code = _say(f"interrupted; {_AGAIN}", 130)
     except Terminated:
-        code = _say("terminated; repeat the command to go on", 143)
+        code = _say(f"terminated; {_AGAIN}", 143)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         code = _say(f"{where}{error.strerror or error}", 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises on a wrong command line
             raise
-        code = _say(f"{error.format_message()} See --help.", 2)
+        said = error.format_message()  # nothing where the help was shown
+        code = _say(f"{said} See --help.", 2) if said else 2
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -63,12 +67,12 @@ def progress(title: str) -> Iterator[Tick]:
     """A progress bar; on a terminal it moves, elsewhere each tenth prints a line."""
     if console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[words]}"),
+            TextColumn("{task.fields[words]}", style="dim", markup=False),
         )
         with Progress(*columns, console=console) as bar:
             line = bar.add_task(title, total=None, words="")
@@ -93,6 +97,11 @@ def progress(title: str) -> Iterator[Tick]:
 def _say(message: str, code: int) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def _format(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning without the line of source that it was given at."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

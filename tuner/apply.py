@@ -21,10 +21,12 @@ from envs.errors import BadInput
 from envs.files import full_disk, write_atomic
 from envs.job import judge
 from envs.knobs import Knobs, reference_rate
+from envs.start import data_of
 from envs.task import Task
 from tuner import prepared
 from tuner.app import Terminated
 from tuner.callback import TunerCallback
+from tuner.folder import read_json
 from tuner.judge import Judge, best_check, read_model
 from tuner.policy import Policy
 from tuner.restarts import Ended, best_run, next_start, opening_rate
@@ -117,19 +119,8 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     none, begins again.
     """
     torch.set_num_threads(config.threads)
-    task = config.job()
+    task, knobs = check(policy, config)
     job = Bench(task, config, tick)
-    rate = config.rate
-    if rate is None:
-        size = workload.parameters(task.model)
-        rate = reference_rate(size, "adamw", task.adapter, task.objective)
-    knobs = Knobs(rate=rate, shape=config.schedule)
-    scaled = any(name == "adapter_scale" for name, _ in policy.manifest.actions.turns)
-    if scaled and config.trials > 1 and task.adapter == "lora":
-        raise BadInput(
-            f"apply: trials: {config.trials} with a policy that turns LoRA's scaling, of which "
-            "weights kept on the way know nothing; leave it out"
-        )
     parts = [Path(part).stem for part in (task.dataset, task.model)] + [str(config.seed)]
     if task.objective != "classification":  # one dataset serves several
         parts.insert(0, task.objective)
@@ -138,15 +129,15 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     summary_path = folder / "summary.json"
     identity = _identity(config, policy)
     identity_path = folder / "identity.json"
-    if identity_path.is_file() and json.loads(identity_path.read_text()) != identity:
-        raise BadInput(f"{folder}: holds another steered run; choose another --out")
+    known = _read(identity_path) if identity_path.is_file() else identity
+    if {"data": identity["data"]} | known != identity:
+        raise BadInput(
+            f"{folder}: holds another steered run, or one of other data; choose another --out"
+        )
     if summary_path.is_file():
         tick(task.steps, task.steps, "done before")
-        done: dict[str, Any] = json.loads(summary_path.read_text())
-        return done
-    if task.objective == "classification":  # bad data are refused before anything is written
-        job.load  # noqa: B018
-    else:
+        return _read(summary_path)
+    if task.objective != "classification":
         objectives.prepare(task, config.seed, knobs)
     write_atomic(identity_path, json.dumps(identity).encode())
     result: dict[str, Any] = {
@@ -169,11 +160,41 @@ def steer_trainer(policy: Policy, config: ApplyConfig, out: Path, tick: Tick) ->
     return result
 
 
+def check(policy: Policy, config: ApplyConfig) -> tuple[Task, Knobs]:
+    """The job and its settings at the start. Raises `BadInput` for what cannot be steered."""
+    task, rate = config.job(), config.rate
+    if rate is None:
+        size = workload.parameters(task.model)
+        rate = reference_rate(size, "adamw", task.adapter, task.objective)
+    scaled = any(name == "adapter_scale" for name, _ in policy.manifest.actions.turns)
+    if scaled and config.trials > 1 and task.adapter == "lora":
+        raise BadInput(
+            f"apply: trials: {config.trials} with a policy that turns LoRA's scaling, of which "
+            "weights kept on the way know nothing; leave it out"
+        )
+    data_of(task)
+    return task, Knobs(rate=rate, shape=config.schedule)
+
+
 def _identity(config: ApplyConfig, policy: Policy) -> dict[str, Any]:
-    """What a folder's run is; without newer settings it is what it was before there were any."""
+    """What a folder's run is; without newer settings it is what it was before there were any.
+
+    The data's hash is newer, too: a folder without it is taken as it is.
+    """
     newer = {"trials": 1, "objective": None}
     unused = {name for name, value in newer.items() if getattr(config, name) == value}
-    return {"config": config.model_dump(mode="json", exclude=unused), "sha256": policy.sha256}
+    return {
+        "config": config.model_dump(mode="json", exclude=unused),
+        "sha256": policy.sha256,
+        "data": data_of(config.job()).fingerprint,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file that a run left behind."""
+    if not (found := read_json(path)):
+        raise BadInput(f"{path}: is damaged; delete {path.parent}, or choose another --out")
+    return found
 
 
 def _once(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -181,8 +202,7 @@ def _once(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     kept = folder / "result.json"
     if not kept.is_file():
         write_atomic(kept, json.dumps(make()).encode())
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
+    return _read(kept)
 
 
 def _best(job: Bench, knobs: Knobs, folder: Path, policy: Policy) -> dict[str, Any]:

@@ -10,7 +10,16 @@ from baselines.method import Method
 from envs.errors import RunFailed
 from envs.files import make_folder
 from envs.knobs import Knobs
-from tuner.evaluate import LEARNED, Tick, learn, names_of, run_comparison, shown, size
+from tuner.evaluate import (
+    LEARNED,
+    Tick,
+    check,
+    learn,
+    names_of,
+    run_comparison,
+    shown,
+    size,
+)
 from tuner.policy import Policy
 from tuner.settings import CompareConfig
 from tuner.suites import PLAN, Scale, Suite
@@ -34,6 +43,8 @@ def run_benchmark(
     """
     changes = {"workers": workers}
     configs = [suite.config(scale).model_copy(update=changes) for suite in suites]
+    for config in configs:
+        check(config, policies)
     sizes = [size(config, policies) for config in configs]
     make_folder(out)
     asking = tuple(name for name in LEARNED if any(name in config.methods for config in configs))

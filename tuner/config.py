@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,6 +16,10 @@ from envs.errors import BadInput, UnknownName
 
 M = TypeVar("M", bound=BaseModel)
 LARGEST = 1 << 20  # bytes of a configuration file
+DEEPEST = 20  # mappings and lists within each other
+_OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken,
+            yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)  # fmt: skip
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def with_flags(model: type[M]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -62,9 +66,11 @@ def with_flags(model: type[M]) -> Callable[[Callable[..., None]], Callable[..., 
 def resolve(model: type[M], path: Path | None, flags: dict[str, Any]) -> M:
     """The checked configuration. Raises `BadInput` with the file or flag, the field, the fix."""
     content = read(path) if path is not None else {}
-    for name in content:
+    for name, value in content.items():
         if name not in model.model_fields:
             raise BadInput(f"{path}: {UnknownName('key', name, model.model_fields)}")
+        if isinstance(value, bool) and _bare(model.model_fields[name].annotation) is not bool:
+            raise BadInput(f"{path}: {name}: {value} is yes or no, not a value of it; see --help")
     try:
         return model.model_validate(content | flags)
     except ValidationError as error:
@@ -73,7 +79,10 @@ def resolve(model: type[M], path: Path | None, flags: dict[str, Any]) -> M:
         where = f"--{name.replace('_', '-')}" if name in flags else f"{path}: {name}"
         value = str(first.get("input"))[:80]
         if first["type"] == "literal_error":
-            choices = typing.get_args(_bare(model.model_fields[name].annotation))
+            kind = _bare(model.model_fields[name].annotation)
+            if typing.get_origin(kind) is tuple:
+                kind = typing.get_args(kind)[0]
+            choices = typing.get_args(kind)
             raise BadInput(f"{where}: {UnknownName('value', value, map(str, choices))}") from None
         problem = first["msg"].lower().removeprefix("value error, ")
         raise BadInput(f"{where}: {value!r}: {problem}; see --help") from None
@@ -87,11 +96,15 @@ def read(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST:
             raise BadInput(f"{path}: is over 1 MiB; a configuration is a few lines")
         text = path.read_text(encoding="utf-8")
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken | yaml.TagToken):
                 kind = type(token).__name__.removesuffix("Token").lower()
                 line = token.start_mark.line + 1
                 raise BadInput(f"{path}: line {line}: {kind}s are not read; write plain values")
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > DEEPEST:
+                raise BadInput(f"{path}: is nested over {DEEPEST} deep; write plain values")
         content = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError:
@@ -104,12 +117,21 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise BadInput(f"{path}: is not a mapping; write `key: value` lines")
-    assert isinstance(node, yaml.MappingNode)
-    keys = [key.value for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise BadInput(f"{path}: {key}: is given twice; keep one")
+    for keys in _keys(node):
+        for key in keys:
+            if keys.count(key) > 1:
+                raise BadInput(f"{path}: {key}: is given twice; keep one")
     return content
+
+
+def _keys(node: Any) -> Iterator[list[str]]:
+    """The keys of each mapping in a YAML node, at any depth."""
+    within = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        yield [key.value for key, _ in within]
+        within = [value for _, value in within]
+    for each in within:
+        yield from _keys(each)
 
 
 def _bare(kind: Any) -> Any:

@@ -28,6 +28,7 @@ from tuner.recorder import Recorder
 Algorithm = Literal["ppo", "imitation", "dqn", "q-learning", "sarsa"]
 Stage = Literal["surrogate", "tasks", "larger"]
 SIMULATED = 512  # runs of the surrogate stepped together
+LONGEST = 1000  # factor of a horizon
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -95,7 +96,7 @@ class TrainConfig(BaseModel):
     opens: tuple[str, ...] = Field(
         (), description="what runs are opened with, as 'head_rate x10': a new head's own rate"
     )
-    seed: int = Field(0, ge=0, description="seed of everything")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything")
 
     @field_validator("budget")
     @classmethod
@@ -103,6 +104,13 @@ class TrainConfig(BaseModel):
         number = value[:-1].replace(".", "", 1)
         if value and not (value[-1] in UNITS and number.isdigit() and float(value[:-1]) > 0):
             raise ValueError("not a time; give one as 90s, 10m or 2h")
+        return value
+
+    @field_validator("horizons")
+    @classmethod
+    def _factors(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < factor <= LONGEST for factor in value):
+            raise ValueError(f"not factors; give numbers above 0, at most {LONGEST}")
         return value
 
     @property
@@ -142,7 +150,7 @@ class TrainConfig(BaseModel):
         )
 
     def check(self) -> None:
-        """Raise `BadInput` for what only becomes wrong together."""
+        """Raise `BadInput` for what only becomes wrong together, and for data that are no use."""
         if not self.starts:
             raise BadInput("train: starts: none given; name at least one optimizer")
         if not self.budget and not self.iterations and self.agent != "imitation":
@@ -170,6 +178,8 @@ class TrainConfig(BaseModel):
                 "switched; leave it or them out"
             )
         self.actions()
+        for task in tasks:
+            data_of(task)
 
     @property
     def updates(self) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from baselines import report
-from baselines.compare import compare, outcomes
+from baselines.compare import compare, outcomes, plan
 from baselines.evidence import normalised, ranks
 from baselines.feedback import FEEDBACK
 from baselines.ledger import Ledger, key_of
@@ -24,6 +24,7 @@ from envs.job import report_start, with_validation
 from envs.knobs import Decision, Knobs, opened
 from tuner.ablations import Ablation, Opened, RandomActions, Rule, Shuffled
 from tuner.audit import Pilot
+from tuner.folder import read_json
 from tuner.guard import limits_of, within
 from tuner.policy import Policy
 from tuner.restarts import Ended, next_start, opening_rate
@@ -35,6 +36,7 @@ SAMPLERS = ("random", "tpe", "tpe-independent", "gp", "cmaes")
 KNOTTED = ("random+knots", "tpe+knots")
 SAME_REACH = ("random+adamw", "tpe+adamw")  # of a tuner that does not switch the optimizer
 LEARNED = ("fixed", "list")  # found on the training tasks
+_PLACES = dict.fromkeys(LEARNED, grid()[0])  # until they are found
 SHOWN = "cells of the latest comparison"
 SINGLE = STATIC | {KeepAgain.name: KeepAgain} | FEEDBACK | OPTIMIZERS  # of one run, by name
 KNOWN = (*SINGLE, *LEARNED, *SAMPLERS, *(f"{name}+hyperband" for name in SAMPLERS), *KNOTTED,
@@ -147,7 +149,7 @@ def run_comparison(
 
     learned: those that are `LEARNED`, if they are known; else they are found in this folder.
     """
-    contestants(config, policies)
+    check(config, policies)
     make_folder(out)
     if learned is None:
         learned = learn(config, out, tick)
@@ -187,10 +189,22 @@ def _show(ledger: Path, found: Sequence[Mapping[str, Any]]) -> None:
     Ledger(ledger).set_meta(SHOWN, json.dumps([key_of(outcome["cell"]) for outcome in found]))
 
 
+def check(config: CompareConfig, policies: Sequence[Policy]) -> None:
+    """Raise `BadInput` for what cannot be compared, before hours go into what is `LEARNED`."""
+    for methods, seeds, offset in groups(config, policies, _PLACES):
+        plan(
+            methods,
+            config.jobs(config.tasks),
+            range(config.seed, config.seed + seeds),
+            runs=config.runs,
+            decades=config.decades,
+            offset=offset,
+        )
+
+
 def size(config: CompareConfig, policies: Sequence[Policy]) -> int:
     """How many cells a comparison has, without the search for the best fixed setting."""
-    jobs, anyone = len(config.jobs(config.tasks)), dict.fromkeys(LEARNED, grid()[0])
-    parts = groups(config, policies, anyone)
+    jobs, parts = len(config.jobs(config.tasks)), groups(config, policies, _PLACES)
     return sum(len(methods) * jobs * seeds for methods, seeds, _ in parts)
 
 
@@ -291,9 +305,10 @@ def write_report(folder: Path) -> dict[str, Any]:
                                         "curve": _lines(file.parent / "curve.jsonl")}
         for file in sorted(folder.glob("steered/*/summary.json"))
     ]  # fmt: skip
-    config = folder / "config.json"
-    facts = json.loads(config.read_text()) if config.is_file() else {}
+    facts = read_json(folder / "config.json")
     found = shown(Ledger(path))
+    if not found:
+        raise BadInput(f"{path}: no cell is finished; run `steersman compare --out {folder}`")
     table = report.table_of(found)
     beyond = {"normalised": normalised(table), "ranks": ranks(table)}
     return report.write(

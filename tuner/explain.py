@@ -48,7 +48,7 @@ def explain_run(policy: Policy, folder: Path) -> Iterator[RenderableType]:
     for column in ("step", "what stood out", "wished", "applied", "rate", "guard"):
         table.add_column(column)
     foreign = 0
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
             applied, normalised = entry["applied"], np.array(entry["normalised"], dtype=float)
@@ -63,7 +63,7 @@ def explain_run(policy: Policy, folder: Path) -> Iterator[RenderableType]:
                 f"{applied['rate']:.3g}",
                 str(entry["guard"]),
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise BadInput(f"{path}: line {number}: is not a decision; is it whole?") from None
         foreign += entry.get("sha256") not in ("", policy.sha256)
         table.add_row(*cells)

@@ -33,7 +33,7 @@ class ApplyConfig(BaseModel):
     max_length: int | None = Field(None, ge=1, description="tokens of a text; none: the task's")
     adapter: Adapter | None = Field(None, description="full or lora")
     threads: int = Field(2, ge=1, le=256, description="torch threads")
-    seed: int = Field(0, ge=0, description="seed of the run")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the run")
 
     def job(self) -> Task:
         """The task this describes, if it can be steered as described."""
@@ -62,17 +62,21 @@ class ApplyConfig(BaseModel):
                     f"apply: objective: {self.objective} for {self.task}, which is for "
                     f"{base.objective}; leave it out, or give a JSONL file"
                 )
+            self._unnamed(f"{self.task}, whose columns are known; leave this out")
             return base
         if self.objective in (None, "classification"):
             return Task(dataset=self.task, text=self.text, label=self.label)
-        for name in ("text", "label"):
-            if getattr(self, name) != name:
-                raise BadInput(
-                    f"apply: {name}: {getattr(self, name)!r} for {self.objective}, whose fields "
-                    "have fixed names; rename the field in the file, leave this out"
-                )
+        self._unnamed(
+            f"{self.objective}, whose fields have fixed names; rename the field in the file, "
+            "leave this out"
+        )
         like = next(t for t in OBJECTIVE_TASKS.values() if t.objective == self.objective)
         return find(like, dataset=self.task)
+
+    def _unnamed(self, why: str) -> None:
+        for name in ("text", "label"):
+            if (given := getattr(self, name)) != name:
+                raise BadInput(f"apply: {name}: {given!r} for {why}")
 
 
 class CompareConfig(BaseModel):
@@ -98,7 +102,9 @@ class CompareConfig(BaseModel):
     training_seeds: int = Field(3, ge=1, le=100, description="seeds on which they are found")
     seeds: int = Field(5, ge=1, le=1000, description="seeds of schedules and steered runs")
     search_seeds: int = Field(2, ge=1, le=1000, description="seeds of searches")
-    runs: float = Field(16, gt=0, description="budget of each method, in whole runs")
+    runs: float = Field(
+        16, gt=0, allow_inf_nan=False, description="budget of each method, in whole runs"
+    )
     best_of: int = Field(0, ge=0, description="also spend so many runs on repeated steering")
     ablations: bool = Field(
         False,
@@ -116,7 +122,7 @@ class CompareConfig(BaseModel):
     workers: int = Field(2, ge=0, le=256, description="processes; 0: this one")
     pack: int = Field(8, ge=1, le=1024, description="runs of small models computed together")
     compile: bool = Field(False, description="compile packs: pays from some thousand runs on")
-    seed: int = Field(0, ge=0, description="the first seed")
+    seed: int = Field(0, ge=0, lt=2**63, description="the first seed")
 
     def jobs(self, names: tuple[str | dict[str, Any], ...]) -> list[Task]:
         """Tasks by name, with this configuration's horizon."""

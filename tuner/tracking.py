@@ -11,12 +11,14 @@ server has is told by tags on its runs, so that sending twice, after a kill at a
 
 import atexit
 import fcntl
+import http.client
 import json
 import logging
 import math
 import os
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,9 +64,13 @@ def mirror(
 ) -> int:
     """Send what MLflow lacks; how many runs were made or changed. Raises `RunFailed`.
 
-    uri: a server or store; by default ``MLFLOW_TRACKING_URI``, else `default_uri`.
+    uri: a server or store; by default ``MLFLOW_TRACKING_URI``, else the one that the folder was
+    sent to before, else `default_uri`.
     """
-    sender = _Sender(folder, _resolve(folder, uri) or default_uri(folder.parent), experiment)
+    where = _resolve(folder, uri)
+    if where is None:
+        raise BadInput(f"{folder}: mlflow: 'none' is no place to send to; name a server or store")
+    sender = _Sender(folder, where, experiment)
     return sender.send(final=True, on_progress=on_progress)
 
 
@@ -96,20 +102,21 @@ class Mirror:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _remember(folder, {"uri": _shown(self._uri)})
             with (folder / "mlflow.log").open("ab") as log:
                 self._child = subprocess.Popen(
                     [sys.executable, "-m", "tuner.tracking", str(folder), self._uri],
                     stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(),
                     start_new_session=True,
                 )  # fmt: skip
-        except OSError:
+        except (OSError, SteersmanError):
             self._child = None
 
     def close(self, patience: float = PATIENCE) -> bool:
         """Let it finish, for so many seconds; whether everything was sent."""
         if self._uri is None:
             return True
-        child, self._child, self._uri = self._child, None, None
+        child, uri, self._child, self._uri = self._child, self._uri, None, None
         if child is not None and child.stdin is not None:
             try:
                 child.stdin.close()
@@ -121,7 +128,7 @@ class Mirror:
                 child.wait()
         sent = child is not None and child.returncode == 0
         if not sent:
-            print("mlflow: not everything was sent; `steersman report --sync` sends what is "
+            print(f"mlflow: not everything was sent; `{_again(self._folder, uri)}` sends what is "
                   f"missing (see {self._folder / 'mlflow.log'})", file=sys.stderr)  # fmt: skip
         return sent
 
@@ -135,7 +142,7 @@ def fetch_policy(uri: str, *, tracking: str | None = None, seconds: float = LIMI
     if not uri.startswith(SCHEMES):
         raise BadInput(f"policy: {uri[:80]!r}: not an MLflow address; it starts {SCHEMES[0]}")
     where = tracking or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path("runs"))
-    if where.startswith("sqlite:///") and not Path(where[len("sqlite:///") :]).is_file():
+    if _gone(where):
         raise BadInput(f"policy: {uri}: no store at {where}; set MLFLOW_TRACKING_URI")
     target = Path(tempfile.mkdtemp(prefix="steersman-"))
     atexit.register(shutil.rmtree, target, ignore_errors=True)
@@ -193,7 +200,8 @@ class _Sender:
             except Exception as error:  # of mlflow, SQLAlchemy, requests, boto3 ...
                 text = " ".join(str(error).split())[:300].replace(self.uri, _shown(self.uri))
                 raise RunFailed(
-                    f"mlflow: {_shown(self.uri)}: {text}; `steersman report --sync` tries again"
+                    f"mlflow: {_shown(self.uri)}: {text}; `{_again(self.folder, self.uri)}` "
+                    "tries again"
                 ) from error
         return changed
 
@@ -303,9 +311,7 @@ class _Sender:
                 self._runs[key] = self._client.get_run(run.info.run_id)
         state = {"folder": self._name, "uri": _shown(self.uri), "experiment": self.experiment,
                  "runs": {key: run.info.run_id for key, run in self._runs.items()}}  # fmt: skip
-        text = (json.dumps(state, indent=1) + "\n").encode()
-        if not (path := self.folder / "mlflow.json").is_file() or path.read_bytes() != text:
-            write_atomic(path, text)
+        _remember(self.folder, state)
 
 
 def _name(text: str) -> str:
@@ -314,13 +320,37 @@ def _name(text: str) -> str:
 
 
 def _resolve(folder: Path, uri: str | None) -> str | None:
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(folder.parent)
+    known = read_json(folder / "mlflow.json").get("uri")
+    if known is None or _gone(known):  # as of a folder that was moved with its store
+        known = default_uri(folder.parent)
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or known
     return None if uri == "none" else uri
+
+
+def _gone(uri: str) -> bool:
+    """Whether a store is a file, and not there."""
+    return uri.startswith("sqlite:///") and not Path(uri[len("sqlite:///") :]).is_file()
+
+
+def _remember(folder: Path, state: dict[str, Any]) -> None:
+    """Note what is known of where the folder is sent; what was known of the rest stays."""
+    path = folder / "mlflow.json"
+    known = read_json(path)
+    if (now := known | state) != known:
+        write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
+
+
+def _again(folder: Path, uri: str) -> str:
+    """The command that sends what is missing."""
+    return shlex.join(("steersman", "report", str(folder), "--sync", "--mlflow", _shown(uri)))
 
 
 def _shown(uri: str) -> str:
     """Without the password that it may hold."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # no address
+        return re.sub("//.*@", "//", uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc \
         else uri  # fmt: skip
 
@@ -333,7 +363,9 @@ def _knock(uri: str) -> None:
         urllib.request.urlopen(_shown(uri), timeout=3).close()
     except urllib.error.HTTPError as answer:
         answer.close()
-    except (OSError, ValueError) as error:
+    except (ValueError, http.client.InvalidURL) as error:
+        raise BadInput(f"mlflow: {_shown(uri)}: no address ({error}); mend it") from error
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise RunFailed(f"mlflow: {_shown(uri)}: no answer ({reason}); start the server") from error
 

@@ -208,7 +208,7 @@ def _stage(title: str, folder: Path, work: Callable[[Path], Any]) -> Any:
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        app.console.print(f"[bold]{title}[/bold]")
+        app.console.print(title, style="bold")
         result = work(folder)
         _say(folder, result)
         write_atomic(done, json.dumps(result).encode())
