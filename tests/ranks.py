@@ -160,7 +160,7 @@ def run(folder, kind="bert", micro=BATCH, accumulation=1, resume=0, save=0, own=
     sharded = any(hasattr(w, "full_tensor") for w in weights)
     weights = [w.full_tensor() if hasattr(w, "full_tensor") else w.clone() for w in weights]
     found = {"rates": look.rates, "seen": np.array(pilot.seen), "weights": weights,
-             "sharded": sharded, "off": tuner._begun and tuner._crew.helm.off,
+             "sharded": sharded, "off": not plain and tuner._crew.helm.off,
              "logs": [x["loss"] for x in trainer.state.log_history if "loss" in x]}  # fmt: skip
     torch.save(found, Path(folder) / f"rank{trainer.args.process_index}-{resume}.pt")
     return found
