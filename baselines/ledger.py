@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -80,7 +81,7 @@ class Ledger:
                 for statement in _SCHEMA if self._is_new(database) else ():
                     database.execute(statement)
             with self._open("rw") as database:
-                database.execute("PRAGMA journal_mode = WAL")
+                _let_read(database)
 
     def plan(self, cells: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
         """Add the cells that are not there yet, all or none; how many were added."""
@@ -201,6 +202,22 @@ class Ledger:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BAD_FILE:  # & drops the details
                 raise BadInput(f"{self.path}: {error}; restore or rename it") from error
             raise RunFailed(f"{self.path}: {error}; mend that and run again") from error
+
+
+def _let_read(database: sqlite3.Connection) -> None:
+    """Readers beside a writer from now on (WAL).
+
+    SQLite does not wait here for one who is about to write, as who only looks at the file is.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def _to_json(value: Any) -> str:

@@ -289,6 +289,26 @@ def test_without_the_guard_the_race_is_seen_to_commit_twice(tmp_path, monkeypatc
     assert found["replaced"]
 
 
+def test_the_journal_waits_for_one_who_is_about_to_write(tmp_path):
+    path, ready = tmp_path / "a.db", threading.Event()
+
+    def write():
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("CREATE TABLE a (b)")
+            other.execute("BEGIN IMMEDIATE")
+            ready.set()
+            time.sleep(0.2)
+            other.execute("COMMIT")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    ready.wait()
+    with closing(sqlite3.connect(path, isolation_level=None)) as mine:
+        module._let_read(mine)
+        assert mine.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    writer.join()
+
+
 def test_several_processes_may_create_the_ledger_at_once(tmp_path):
     gate = fork.Event()
 
