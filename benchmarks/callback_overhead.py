@@ -40,9 +40,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from baselines.stats import bootstrap
 from envs import workload
-from envs.instruments import Eyes, Slice
+from envs.instruments import Eyes
 from envs.knobs import Actions
 from envs.observe import SIZE
+from envs.slice import Slice
 from envs.task import find
 from envs.workload import Tokens
 from tuner.callback import TunerCallback

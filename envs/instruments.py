@@ -1,10 +1,9 @@
 """Instruments: what is read from a Trainer's model and set on its schedule, without a trace."""
 
-import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ class Eyes:
         if not module.training or not torch.is_grad_enabled():
             return
         try:
-            loss = _loss(output)
+            loss = loss_of(output)
             if loss is None or self.blind:
                 self.blind = True
                 return
@@ -236,63 +235,8 @@ class Eyes:
         self._forward.remove()
 
 
-class Slice:
-    """The first rows of a dataset, evaluated without a trace: no random number is used up.
-
-    Nor one of the collator's own, where it can be copied. An optimizer with modes, as a
-    schedule-free one, is asked for the weights that it would hand over: it is these that the user
-    gets. Its way back rounds, so the weights are put back to the bit.
-    """
-
-    def __init__(self, dataset: Any, rows: int, batch: int, trainer: Any = None) -> None:
-        """trainer: computes the losses, its own way, where the model's output has none."""
-        self._dataset, self._rows, self._size = dataset, rows, batch
-        self._trainer = trainer
-        self._batches: list[tuple[int, Mapping[str, Any]]] = []
-
-    def loss(self, model: nn.Module, optimizer: Any, loader: Any) -> float | None:
-        """Mean loss over the rows; None if the model's output has none.
-
-        With a Trainer, or under FSDP, every process has to ask.
-        """
-        device = next(model.parameters()).device
-        with _aside(model), torch.no_grad(), _metrics_of(self._trainer):
-            if not self._batches:
-                data = getattr(loader, "dataset", None)
-                shared = (*model.modules(), optimizer, self._trainer, data)
-                collate = _copied(loader.collate_fn, shared)
-                self._batches = list(self._collated(loader, collate))
-            with _handed_over(optimizer):
-                losses = [self._one(model, batch, device) for _, batch in self._batches]
-        if any(loss is None for loss in losses):
-            return None
-        counts = [count for count, _ in self._batches]
-        total = torch.zeros((), device=device)
-        for count, loss in zip(counts, losses, strict=True):
-            assert loss is not None
-            total += loss * count
-        return total.item() / sum(counts)
-
-    def _one(self, model: nn.Module, batch: Mapping[str, Any], device: Any) -> Tensor | None:
-        if self._trainer is not None:
-            return self._trainer.prediction_step(model, batch, prediction_loss_only=True)[0]
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return _loss(model(**moved))
-
-    def _collated(
-        self, loader: Any, collate: Callable[[Any], Any]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        names = getattr(getattr(loader, "dataset", None), "column_names", None)
-        count = min(self._rows, len(self._dataset))
-        for start in range(0, count, self._size):
-            rows = [self._dataset[i] for i in range(start, min(start + self._size, count))]
-            if names:
-                rows = [{k: row[k] for k in row if k in names} for row in rows]
-            yield len(rows), collate(rows)
-
-
 @contextmanager
-def _aside(model: nn.Module) -> Iterator[None]:
+def aside(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards modes and random states are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     with put_back([next(model.parameters()).device]):
@@ -304,49 +248,8 @@ def _aside(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _copied(collate: Callable[[Any], Any], shared: Iterable[Any]) -> Callable[[Any], Any]:
-    """A collator whose generator may be used up; itself where it cannot be copied.
-
-    shared: what it may hold that is not copied with it, as a model.
-    """
-    try:
-        return copy.deepcopy(collate, {id(each): each for each in shared})
-    except Exception:
-        return collate
-
-
-@contextmanager
-def _handed_over(optimizer: Any) -> Iterator[None]:
-    """The weights that an optimizer with modes would hand over; afterwards those it trains."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's own modes are no sign
-    if not any(hasattr(each, "eval") for each in (inner, getattr(inner, "optimizer", inner))):
-        yield
-        return
-    weights = [local(p) for group in optimizer.param_groups for p in group["params"]]
-    before = [weight.detach().clone() for weight in weights]
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        if not all(map(torch.equal, weights, before)):  # else it was asked in that mode
-            optimizer.train()
-            torch._foreach_copy_(weights, before)
-
-
-@contextmanager
-def _metrics_of(trainer: Any) -> Iterator[None]:
-    """TRL's Trainers note figures of each evaluation for their next log line: forget these."""
-    metrics = getattr(trainer, "_metrics", None)
-    kept = copy.deepcopy(metrics)
-    try:
-        yield
-    finally:
-        if metrics is not None:
-            metrics.clear()
-            metrics.update(kept)
-
-
-def _loss(output: Any) -> Tensor | None:
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in a model's output; None where it has none."""
     found = output.get("loss") if isinstance(output, Mapping) else None
     if isinstance(output, tuple | list) and output:
         found = output[0]
@@ -358,9 +261,9 @@ def _is_share(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:
     items = kwargs.get("num_items_in_batch")
     if items is None:
         return False
-    with _aside(module), torch.no_grad():
+    with aside(module), torch.no_grad():
         one, two = (
-            _loss(module(*args, **{**kwargs, "num_items_in_batch": items * times}))
+            loss_of(module(*args, **{**kwargs, "num_items_in_batch": items * times}))
             for times in (1, 2)
         )
     return one is not None and two is not None and bool(two < 0.75 * one)

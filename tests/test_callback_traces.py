@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from envs.errors import BadInput
-from envs.instruments import Slice
+from envs.slice import Slice
 from tuner.audit import replay
 from tuner.callback import LOG, TunerCallback
 

@@ -11,11 +11,12 @@ from torch import nn
 from envs import probe
 from envs.errors import BadInput
 from envs.gauge import Gauge
-from envs.instruments import Eyes, Slice, listen
+from envs.instruments import Eyes, listen
 from envs.job import finite
 from envs.processes import rank
 from envs.progress import Progress
 from envs.purpose import objective_of
+from envs.slice import Slice
 
 logger = logging.getLogger(__name__)
 
